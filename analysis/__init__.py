@@ -1,0 +1,1 @@
+"""Reads result files only: comparisons, figures, reports."""

@@ -1,0 +1,1 @@
+"""Rival operators, each at its best, behind one calling convention."""

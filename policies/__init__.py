@@ -1,0 +1,1 @@
+"""Policies: who runs next, in which mode, with which adapters."""

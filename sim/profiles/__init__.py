@@ -1,0 +1,1 @@
+"""Measured and analytic latency tables; data with a provenance header, read by name."""
