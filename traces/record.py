@@ -284,8 +284,8 @@ def summarize(result: RunResult, goodput: Mapping[str, float] | None = None) -> 
 
     Keys as in vLLM's benchmark: completed, failed (all that did not complete), duration (s), total_input_tokens,
     total_output_tokens, request_throughput, request_goodput (None unless `goodput`, SLOs in ms by name),
-    output_throughput, total_token_throughput, {mean,median,std,p90,p99}_{ttft,tpot,itl,e2el}_ms. Ours: the same of ntpot and queue,
-    avg_token_latency_s, rates of hits, counters, times summed over the GPUs. `run` says what was run, for the reader.
+    output_throughput, total_token_throughput, {mean,median,std,p90,p99}_{ttft,tpot,itl,e2el}_ms. Ours: the same of
+    ntpot and queue, avg_token_latency_s, rates of hits, COUNTERS, times summed over the GPUs; `run` says what was run.
     """
     table, counters = result.requests, result.counters
     rows = np.flatnonzero(table["status"] == STATUS.index("completed"))
