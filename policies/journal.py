@@ -1,0 +1,129 @@
+"""What happened: one row a finished request, one row a lease, and the gaps between tokens.
+
+Written by the ledger and the driver, the same in simulator and engine; `result` turns it into the record that analysis
+reads. It decides nothing and checks nothing. Rows are flushed to numpy every 65,536 so that a million requests stay small.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from traces.record import REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+
+CHUNK = 65_536
+PS_PER_US = 1_000_000
+
+WHERE = ("linear", "attention", "vision", "lora", "host", "switch")
+
+
+class Journal:
+    """Rows of one server.
+
+    server: its number, written into every row. keep_steps: keep one row a lease (needed for steps.parquet), otherwise only
+    the gaps between tokens and the sums survive.
+    """
+
+    def __init__(self, server: int = 0, *, keep_steps: bool = True):
+        self.server = server
+        self.keep_steps = keep_steps
+        self.counters: Counter[str] = Counter()
+        self.mode_ns = [0, 0, 0, 0]
+        self.where_ns = dict.fromkeys(WHERE, 0)
+        self._requests: list[tuple] = []
+        self._request_chunks: list[np.ndarray] = []
+        self._steps: list[tuple] = []
+        self._step_chunks: list[np.ndarray] = []
+        self._gaps: Counter[int] = Counter()  # single gaps, in us
+        self._runs: list[tuple] = []  # (first gap ps, growth ps per step, steps, requests): runs of equal growth
+
+    def request(self, row: tuple) -> None:
+        """One request that ended; `row` in the order of REQUEST_COLUMNS."""
+        self._requests.append(row)
+        if len(self._requests) >= CHUNK:
+            self._request_chunks.append(np.array(self._requests, np.int64))
+            self._requests.clear()
+
+    def step(self, row: tuple) -> None:
+        """One lease; `row` in the order of STEP_COLUMNS."""
+        self._steps.append(row)
+        if len(self._steps) >= CHUNK:
+            self._flush_steps()
+
+    def gap(self, gap_ns: int, count: int = 1) -> None:
+        """`count` requests waited `gap_ns` between two of their tokens."""
+        self._gaps[(gap_ns + 500) // 1000] += count
+
+    def gap_run(self, first_ps: int, growth_ps: int, steps: int, requests: int) -> None:
+        """`requests` requests got a token after each of `steps` steps that take first, first + growth, ... picoseconds."""
+        self._runs.append((first_ps, growth_ps, steps, requests))
+        if len(self._runs) >= CHUNK:
+            self._flush_runs()
+
+    def _flush_runs(self) -> None:
+        if not self._runs:
+            return
+        first, growth, steps, requests = np.array(self._runs, np.int64).T
+        offset = np.arange(steps.sum()) - np.repeat(np.cumsum(steps) - steps, steps)
+        gaps_us = (np.repeat(first, steps) + offset * np.repeat(growth, steps) + PS_PER_US // 2) // PS_PER_US
+        values, where = np.unique(gaps_us, return_inverse=True)
+        counts = np.bincount(where, weights=np.repeat(requests, steps)).astype(np.int64)
+        self._gaps.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+        self._runs.clear()
+
+    def _flush_steps(self) -> None:
+        if not self._steps:
+            return
+        rows = np.array(self._steps, np.int64)
+        self._steps.clear()
+        duration, mode = STEP_COLUMNS.index("duration_ns"), STEP_COLUMNS.index("mode")
+        for number in range(len(self.mode_ns)):
+            self.mode_ns[number] += int(rows[rows[:, mode] == number, duration].sum())
+        for name in WHERE:
+            self.where_ns[name] += int(rows[:, STEP_COLUMNS.index(f"{name}_ns")].sum())
+        self.counters["plans"] += len(rows)
+        self.counters["steps"] += int(rows[:, STEP_COLUMNS.index("steps")].sum())
+        if self.keep_steps:
+            self._step_chunks.append(rows)
+
+    def close(self) -> None:
+        """Flush everything; call once after the last row."""
+        self._flush_steps()
+        self._flush_runs()
+        if self._requests:
+            self._request_chunks.append(np.array(self._requests, np.int64))
+            self._requests.clear()
+
+
+def _columns(chunks: list[np.ndarray], names: tuple[str, ...], order: tuple[str, ...]) -> dict[str, np.ndarray]:
+    rows = np.concatenate(chunks) if chunks else np.zeros((0, len(names)), np.int64)
+    rows = rows[np.lexsort([rows[:, names.index(name)] for name in reversed(order)])]
+    return {name: rows[:, i].copy() for i, name in enumerate(names)}
+
+
+def result(journals: list[Journal], *, policy: str, operator: str, counters: dict, config: dict) -> RunResult:
+    """The record of a run over all its servers. counters: what the driver knows beyond the journals (gpus, end_ns, pool)."""
+    for journal in journals:
+        journal.close()
+    total: Counter[str] = Counter()
+    gaps: Counter[int] = Counter()
+    for journal in journals:
+        total.update(journal.counters)
+        gaps.update(journal._gaps)
+    values = np.array(sorted(gaps), np.int64)
+    counts = np.array([gaps[value] for value in values.tolist()], np.int64)
+    where = {name: sum(journal.where_ns[name] for journal in journals) for name in WHERE}
+    busy_ns = sum(where.values())
+    where["idle"] = max(0, counters["end_ns"] * len(journals) - busy_ns)
+    mode = {name: sum(j.mode_ns[i] for j in journals) for i, name in enumerate(("base", "unmerged", "merged", "mixture"))}
+    keep = any(journal.keep_steps for journal in journals)
+    return RunResult(
+        policy=policy,
+        operator=operator,
+        requests=_columns([c for j in journals for c in j._request_chunks], REQUEST_COLUMNS, ("id",)),
+        steps=_columns([c for j in journals for c in j._step_chunks], STEP_COLUMNS, ("start_ns", "server")) if keep else None,
+        itl=(values, counts),
+        counters=dict(sorted(total.items())) | counters,
+        time_ns={"mode": mode, "where": where},
+        config=config,
+    )

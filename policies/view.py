@@ -1,0 +1,204 @@
+"""What a policy may know: a read-only window on the ledger, never a copy.
+
+Queues per adapter, counts and sums are kept up to date by the ledger, so that looking costs by the adapters and requests
+touched, not by the length of the queue. Output lengths are not here: a request's `Entry` does not hold them, and
+`output_tokens` answers only a policy that declared itself an oracle. A policy must not change what it is handed; with
+invariant checks on, the ledger compares its state before and after every decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from traces.request import Adapter, Request
+
+if TYPE_CHECKING:
+    from policies.cost import Cost
+    from policies.ledger import Ledger
+
+WAITING, PREFILLING, DECODING, ENDED = range(4)
+STATES = ("waiting", "prefilling", "decoding", "ended")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one step and of one request.
+
+    max_batch: requests in one step (MaxBS of VaLoRA's Algorithm 1). max_batch_tokens: tokens in one step, decodes and
+    prefill chunks together (Sarathi-Serve's budget). max_context: prompt plus output of one request. lora: False serves
+    every request with the base model.
+    """
+
+    max_batch: int = 64
+    max_batch_tokens: int = 2048
+    max_context: int = 4096
+
+    def __post_init__(self):
+        if self.max_batch < 1 or self.max_context < 2:
+            raise ValueError(f"max_batch {self.max_batch} and max_context {self.max_context} must be at least 1 and 2")
+        if self.max_batch_tokens <= self.max_batch:
+            raise ValueError(
+                f"max_batch_tokens {self.max_batch_tokens} leaves no room for a prefill beside {self.max_batch} decodes; "
+                f"raise it above {self.max_batch}"
+            )
+
+
+class Entry:
+    """A request in the ledger, as a policy sees it. Times in ns, memory in pages.
+
+    state: WAITING (no memory held: new, or preempted), PREFILLING, DECODING, ENDED. since_ns: when it last made progress
+    (its arrival, its last chunk or token, its preemption). target: tokens to compute before its next first token (the
+    prompt; after a preemption the prompt and what it had generated). kv: tokens computed so far.
+    """
+
+    __slots__ = (
+        "adapter", "arrival_ns", "cached_tokens", "first_token_ns", "generated", "head", "id", "images", "kv", "node",
+        "pages", "preemptions", "prefix", "prompt_tokens", "scheduled_ns", "since_ns", "state", "target", "tick",
+        "ttft_slo_ns",
+    )  # fmt: skip
+
+    def __init__(self, request: Request):
+        self.id = request.id
+        self.arrival_ns = self.since_ns = request.arrival_ns
+        self.adapter = request.adapter
+        self.prompt_tokens = self.target = request.prompt_tokens
+        self.images = request.images
+        self.head = request.head
+        self.prefix = request.prefix
+        self.ttft_slo_ns = request.ttft_slo_ns
+        self.state = WAITING
+        self.kv = 0
+        self.pages = 0
+        self.node = None  # of the prefix cache
+        self.cached_tokens = 0
+        self.generated = 0
+        self.tick = 0
+        self.preemptions = 0
+        self.scheduled_ns = self.first_token_ns = -1
+
+
+class View:
+    """The window. `now_ns` is set at each look; everything else is read through to the ledger."""
+
+    __slots__ = ("_ledger", "_oracle", "adapters", "cost", "limits", "memo", "now_ns", "page_tokens")
+
+    def __init__(self, ledger: Ledger, cost: Cost, *, oracle: bool = False):
+        self._ledger = ledger
+        self._oracle = oracle
+        self.adapters: tuple[Adapter, ...] = ledger.pool.adapters
+        self.cost = cost
+        self.limits = ledger.limits
+        self.page_tokens = ledger.pool.page_tokens
+        self.memo: Any = None
+        self.now_ns = 0
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+    @property
+    def mode(self) -> int:
+        """Mode of the last step."""
+        return self._ledger.mode
+
+    @property
+    def merged(self) -> int:
+        """Adapter folded into the weights, -1 for none."""
+        return self._ledger.merged
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+    @property
+    def waiting(self) -> Iterable[Entry]:
+        """Requests that hold no memory: preempted ones first, then new ones in order of arrival."""
+        ledger = self._ledger
+        if ledger.preempted:
+            return chain(ledger.preempted.values(), ledger.waiting.values())
+        return ledger.waiting.values()
+
+    @property
+    def prefilling(self) -> Iterable[Entry]:
+        """Requests whose prompt is partly computed, in the order they began."""
+        return self._ledger.prefilling.values()
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for (the rest of) their prefill."""
+        ledger = self._ledger
+        return len(ledger.waiting) + len(ledger.preempted) + len(ledger.prefilling)
+
+    def queue(self) -> Iterator[Entry]:
+        """Everything that wants a prefill, in the order that FCFS serves it: started, preempted, new."""
+        return chain(self._ledger.prefilling.values(), self.waiting)
+
+    def queue_of(self, adapter: int) -> Iterator[Entry]:
+        """`queue` for the requests of one adapter."""
+        ledger = self._ledger
+        started = (e for e in chain(ledger.prefilling.values(), ledger.preempted.values()) if e.adapter == adapter)
+        waiting = ledger.waiting_by.get(adapter)
+        return chain(started, waiting.values()) if waiting else started
+
+    @property
+    def decoding(self) -> tuple[int, ...]:
+        """Ids of all requests that want their next token, in the order they finished their prefill."""
+        return self._ledger.decoding_ids()
+
+    def decoding_of(self, adapter: int) -> tuple[int, ...]:
+        """`decoding` for the requests of one adapter."""
+        return self._ledger.decoding_ids_of(adapter)
+
+    @property
+    def paused(self) -> Iterable[Entry]:
+        """Decoding requests that the last step left out, the longest paused first."""
+        return self._ledger.paused.values()
+
+    def entry(self, request: int) -> Entry:
+        """The entry of an unfinished request."""
+        return self._ledger.entries[request]
+
+    @property
+    def unfinished(self) -> dict[int, int]:
+        """adapter -> unfinished requests, for the adapters that have any (-1: the base model)."""
+        return self._ledger.unfinished
+
+    def output_tokens(self, request: int) -> int:
+        """The true output length; only for an oracle. Raises PermissionError for any other policy."""
+        if not self._oracle:
+            raise PermissionError(f"output length of request {request}: only a policy that sets `oracle = True` may see it")
+        return self._ledger.output_tokens(request)
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+    @property
+    def free_pages(self) -> int:
+        """Pages to be had without evicting an adapter or preempting anybody."""
+        return self._ledger.pool.free
+
+    @property
+    def pool_pages(self) -> int:
+        """Pages in all."""
+        return self._ledger.pool.pages
+
+    def next_pages(self, requests: tuple[int, ...]) -> int:
+        """Pages that one decode step of these requests takes."""
+        return self._ledger.next_pages(requests)
+
+    def reusable_tokens(self, entry: Entry) -> int:
+        """Prompt tokens of a waiting request that the prefix cache holds now."""
+        return self._ledger.reusable_tokens(entry)
+
+    def adapter_pages(self, adapter: int) -> int:
+        """Pages of one adapter."""
+        return self._ledger.pool.adapter_pages[adapter]
+
+    def is_resident(self, adapter: int) -> bool:
+        """True for a usable adapter; the base model (-1) always is."""
+        return adapter < 0 or adapter in self._ledger.pool.resident
+
+    def is_loading(self, adapter: int) -> bool:
+        """True while the copy of `adapter` is under way."""
+        return adapter in self._ledger.pool.loading
+
+    @property
+    def idle_adapters(self) -> Iterator[int]:
+        """Resident adapters that no started request needs and that is not folded in, least recently used first."""
+        pool, merged = self._ledger.pool, self._ledger.merged
+        return (adapter for adapter in pool.resident if adapter not in pool.users and adapter != merged)
