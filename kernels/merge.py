@@ -1,0 +1,280 @@
+"""The swift switch: fold one adapter into the weights of every layer and projection, or out of them, in one launch.
+
+Two forms (`WeightSwitch.form`):
+* `golden`: W = round(golden + s B A) from a pristine copy of the weights. Restoring is a copy, bit for bit the original
+  after any number of switches; a change from adapter m to n is one read and one write like any other switch.
+* `in_place`: W = round(W + s_n B_n A_n - s_m B_m A_m). No copy of the weights is kept, for GPUs with little memory, and
+  every switch rounds once more, so the weights drift; `python -m kernels.switch_bench` measures by how much.
+
+After VaLoRA (EuroSys 2025), the swift mode switch: only the factors are kept and the deltas of all layers come from one
+pass. Simplified: the deltas never exist in memory, each tile is formed in registers while its weights stream by.
+
+It knows nothing of models, layers or requests: it sees a list of matrices and, for each slot, a list of factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+NO_SLOT = -1
+"""The slot that stands for the plain weights."""
+
+MAX_RANK = 256
+FORMS = ("golden", "in_place")
+TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+VECTOR = 16  # elements: rows then start on 16-byte (32 for two-byte types: one DRAM sector) boundaries
+
+
+class SwitchError(ValueError):
+    """A matrix, a factor or a slot that cannot be switched. The message names it and the way out."""
+
+
+class Factors(NamedTuple):
+    """The LoRA factors of one matrix: delta = scale * b^T a, with a [rank, d_in] and b [rank, d_out], row-major."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float = 1.0
+
+
+class Tile(NamedTuple):
+    """How one program walks the weights: `steps` tiles of [rows, columns] along a strip of rows."""
+
+    rows: int
+    columns: int
+    steps: int
+    stages: int
+    warps: int
+
+
+TILES = {
+    16: Tile(128, 128, 8, 3, 8),
+    32: Tile(128, 128, 8, 3, 8),
+    64: Tile(128, 128, 8, 2, 8),
+    128: Tile(128, 64, 16, 2, 8),
+    256: Tile(64, 64, 16, 2, 4),
+    512: Tile(64, 32, 16, 2, 4),
+}
+"""Padded rank (of both adapters together where one is subtracted) -> tile."""
+
+
+@triton.jit(do_not_specialize=["entries", "plus", "minus"])
+def _switch_kernel(  # noqa: PLR0917
+    weights_ptr, shapes_ptr, factors_ptr, ranks_ptr, scales_ptr, items_ptr, entries, plus, minus,
+    DTYPE: tl.constexpr, GOLDEN: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+):
+    """One strip of one matrix. PLUS and MINUS say whether slots `plus` and `minus` hold an adapter at all."""
+    item = tl.program_id(0)
+    entry = tl.load(items_ptr + item * 3)
+    row = tl.multiple_of(tl.load(items_ptr + item * 3 + 1), 16)
+    column = tl.multiple_of(tl.load(items_ptr + item * 3 + 2), 16)
+    rank_plus = 0
+    rank_minus = 0
+    if PLUS:
+        rank_plus = tl.load(ranks_ptr + plus * entries + entry)
+    if MINUS:
+        rank_minus = tl.load(ranks_ptr + minus * entries + entry)
+    if rank_plus + rank_minus == 0:  # neither adapter touches this matrix: it already is what it shall be
+        return
+    d_out = tl.multiple_of(tl.load(shapes_ptr + entry * 2), 16)  # unless this is known, no load is a vector
+    d_in = tl.multiple_of(tl.load(shapes_ptr + entry * 2 + 1), 16)
+    weight = tl.multiple_of(tl.load(weights_ptr + entry * 2).to(tl.pointer_type(DTYPE)), 16)
+    source = weight
+    if GOLDEN:
+        source = tl.multiple_of(tl.load(weights_ptr + entry * 2 + 1).to(tl.pointer_type(DTYPE)), 16)
+
+    rows = row + tl.arange(0, ROWS)
+    offsets = rows.to(tl.int64)[:, None] * d_in
+    ks = tl.arange(0, RANK)
+    if PLUS:
+        pair = factors_ptr + (plus * entries + entry) * 2
+        a_plus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
+        b_plus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
+        scale_plus = tl.load(scales_ptr + plus * entries + entry)
+        inside = (ks[:, None] < rank_plus) & (rows[None, :] < d_out)
+        b_plus_t = tl.trans(tl.load(b_plus + ks[:, None] * d_out + rows[None, :], mask=inside, other=0.0))
+    if MINUS and not GOLDEN:
+        pair = factors_ptr + (minus * entries + entry) * 2
+        a_minus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
+        b_minus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
+        scale_minus = tl.load(scales_ptr + minus * entries + entry)
+        inside = (ks[:, None] < rank_minus) & (rows[None, :] < d_out)
+        b_minus_t = tl.trans(tl.load(b_minus + ks[:, None] * d_out + rows[None, :], mask=inside, other=0.0))
+
+    for step in tl.range(STEPS, num_stages=STAGES):
+        columns = column + step * COLUMNS + tl.arange(0, COLUMNS)
+        within = columns[None, :] < d_in
+        tile = (rows[:, None] < d_out) & within
+        here = offsets + columns[None, :]
+        total = tl.load(source + here, mask=tile, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if PLUS:
+            mask = (ks[:, None] < rank_plus) & within
+            a = tl.load(a_plus + ks[:, None] * d_in + columns[None, :], mask=mask, other=0.0)
+            total += scale_plus * tl.dot(b_plus_t, a, input_precision="ieee")
+        if MINUS and not GOLDEN:
+            mask = (ks[:, None] < rank_minus) & within
+            a = tl.load(a_minus + ks[:, None] * d_in + columns[None, :], mask=mask, other=0.0)
+            total -= scale_minus * tl.dot(b_minus_t, a, input_precision="ieee")
+        tl.store(weight + here, total.to(DTYPE), mask=tile, eviction_policy="evict_first")
+
+
+class WeightSwitch:
+    """The matrices that adapters fold into, the factors of each adapter slot, and which slot is folded in now.
+
+    weights: matrices [d_out, d_in] (widths may differ), contiguous, on one device, of one dtype, holding the plain
+    weights. golden: their pristine copies, in the same order; cloned here when absent; none are kept in the `in_place`
+    form. `merged` is the slot that is folded in, NO_SLOT at first. Raises SwitchError on what cannot be switched.
+    Once a slot and its tile were used, `to` neither allocates nor synchronises, so it may be captured in a CUDA graph;
+    a replay repeats the same change, so it belongs to the caller to keep `merged` true then.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], *, golden: Sequence[torch.Tensor] | None = None,
+                 slots: int = 64, form: str = "golden"):
+        if form not in FORMS:
+            raise SwitchError(f"unknown form {form!r}; the forms are {', '.join(FORMS)}")
+        if form == "in_place" and golden is not None:
+            raise SwitchError("the in_place form keeps no golden copy; leave golden out or choose form='golden'")
+        if not weights or slots < 1:
+            raise SwitchError(f"{len(weights)} matrices and {slots} slots: there must be at least one of each")
+        self.form, self.slots, self.merged = form, slots, NO_SLOT
+        self.weights = list(weights)
+        self._check_weights(self.weights, "weight")
+        self.golden = []
+        if form == "golden":
+            self.golden = [w.clone() for w in self.weights] if golden is None else list(golden)
+            self._check_golden()
+        device, entries = self.weights[0].device, len(self.weights)
+        sources = self.golden or self.weights
+        addresses = [[w.data_ptr(), g.data_ptr()] for w, g in zip(self.weights, sources, strict=True)]
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._shapes = torch.tensor([list(w.shape) for w in self.weights], dtype=torch.int32, device=device)
+        self._factors = torch.zeros((slots, entries, 2), dtype=torch.int64, device=device)
+        self._ranks = torch.zeros((slots, entries), dtype=torch.int32, device=device)
+        self._scales = torch.zeros((slots, entries), dtype=torch.float32, device=device)
+        self._kept: dict[int, list[Factors | None]] = {}
+        self._items: dict[Tile, torch.Tensor] = {}
+
+    def register(self, slot: int, factors: Sequence[Factors | None]) -> None:
+        """Put an adapter into `slot`: the factors of every matrix in order, None where it has none.
+
+        The tensors are used where they lie (as views of a pool, say) and may be overwritten in place while their slot
+        is not merged. Raises SwitchError for a wrong slot, shape, dtype or rank, and when the slot is merged now.
+        """
+        self._check_slot(slot)
+        if slot == self.merged:
+            raise SwitchError(f"slot {slot} is merged into the weights; switch to another before it is replaced")
+        if len(factors) != len(self.weights):
+            raise SwitchError(f"slot {slot}: {len(factors)} factors for {len(self.weights)} matrices")
+        for entry, (weight, pair) in enumerate(zip(self.weights, factors, strict=True)):
+            if pair is not None:
+                _check_factors(slot, entry, weight, pair)
+        self._kept[slot] = list(factors)
+        rows = [(f.a.data_ptr(), f.b.data_ptr()) if f is not None else (0, 0) for f in factors]
+        self._factors[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        ranks = [f.a.shape[0] if f is not None else 0 for f in factors]
+        self._ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32))
+        self._scales[slot].copy_(torch.tensor([f.scale if f is not None else 0.0 for f in factors]))
+
+    def to(self, slot: int) -> None:
+        """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now, in one launch."""
+        if slot != NO_SLOT:
+            self._check_slot(slot)
+            if slot not in self._kept:
+                raise SwitchError(f"slot {slot} holds no adapter; register one first")
+        if slot == self.merged:
+            return
+        self._launch(plus=slot, minus=self.merged, tile=self.tile(slot, self.merged))
+        self.merged = slot
+
+    def tile(self, plus: int, minus: int) -> Tile:
+        """The tile that a change from slot `minus` to slot `plus` runs with."""
+        subtracts = self.form == "in_place" and NO_SLOT not in (plus, minus)
+        return TILES[self._padded_rank(plus, minus) * (2 if subtracts else 1)]
+
+    def moved_bytes(self, plus: int, minus: int) -> int:
+        """Bytes that a change from `minus` to `plus` must move at least: every touched matrix read and written once,
+        the factors read once."""
+        total = 0
+        used = [self._kept.get(plus), self._kept.get(minus)]
+        for entry, weight in enumerate(self.weights):
+            pairs = [kept[entry] if kept is not None else None for kept in used]
+            if any(pair is not None for pair in pairs):
+                total += 2 * weight.nbytes
+                read = pairs if self.form == "in_place" else pairs[:1]
+                total += sum(pair.a.nbytes + pair.b.nbytes for pair in read if pair is not None)
+        return total
+
+    def _launch(self, *, plus: int, minus: int, tile: Tile) -> None:
+        items = self._items.get(tile)
+        if items is None:
+            items = self._items[tile] = _strips(self.weights, tile).to(self.weights[0].device)
+        with torch.cuda.device_of(items):
+            _switch_kernel[(len(items),)](
+                self._addresses, self._shapes, self._factors, self._ranks, self._scales, items, len(self.weights),
+                plus, minus, DTYPE=TRITON_TYPES[self.weights[0].dtype], GOLDEN=self.form == "golden",
+                PLUS=plus != NO_SLOT, MINUS=minus != NO_SLOT, RANK=self._padded_rank(plus, minus), ROWS=tile.rows,
+                COLUMNS=tile.columns, STEPS=tile.steps, STAGES=tile.stages, num_warps=tile.warps,
+            )
+
+    def _padded_rank(self, plus: int, minus: int) -> int:
+        used = (plus, minus) if self.form == "in_place" else (plus,)
+        ranks = [f.a.shape[0] for slot in used for f in self._kept.get(slot, ()) if f is not None]
+        return max(16, triton.next_power_of_2(max(ranks, default=1)))
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.slots:
+            raise SwitchError(f"slot {slot} is outside 0..{self.slots - 1}; make the switch with more slots")
+
+    def _check_weights(self, matrices: Sequence[torch.Tensor], what: str) -> None:
+        first = self.weights[0]
+        if first.dtype not in TRITON_TYPES:
+            raise SwitchError(f"weights are {first.dtype}; supported are {', '.join(map(str, TRITON_TYPES))}")
+        for i, w in enumerate(matrices):
+            aligned = w.dim() == 2 and w.is_contiguous() and w.data_ptr() % 16 == 0
+            if not aligned or w.shape[0] % VECTOR or w.shape[1] % VECTOR:
+                raise SwitchError(f"{what} {i} has shape {tuple(w.shape)} and strides {w.stride()}: it must be a "
+                                  f"contiguous matrix on a 16-byte boundary, both sides multiples of {VECTOR}")
+            if w.dtype != first.dtype or w.device != first.device:
+                raise SwitchError(f"{what} {i} is {w.dtype} on {w.device}, weight 0 is {first.dtype} on "
+                                  f"{first.device}; one switch holds one dtype on one device")
+
+    def _check_golden(self) -> None:
+        if len(self.golden) != len(self.weights):
+            raise SwitchError(f"{len(self.golden)} golden copies for {len(self.weights)} matrices")
+        self._check_weights(self.golden, "golden copy")
+        for i, (w, g) in enumerate(zip(self.weights, self.golden, strict=True)):
+            if g.shape != w.shape or g.data_ptr() == w.data_ptr():
+                raise SwitchError(f"golden copy {i} must be another tensor of shape {tuple(w.shape)}, not of shape "
+                                  f"{tuple(g.shape)} or the weight itself")
+
+
+def _check_factors(slot: int, entry: int, weight: torch.Tensor, pair: Factors) -> None:
+    rank = pair.a.shape[0]
+    if not 1 <= rank <= MAX_RANK:
+        raise SwitchError(f"slot {slot}, matrix {entry}: rank {rank} is outside 1..{MAX_RANK}")
+    for name, tensor, shape in (("a", pair.a, (rank, weight.shape[1])), ("b", pair.b, (rank, weight.shape[0]))):
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+            raise SwitchError(f"slot {slot}, matrix {entry}: {name} has shape {tuple(tensor.shape)}, strides "
+                              f"{tensor.stride()}; it must be {shape}, contiguous, on a 16-byte boundary")
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise SwitchError(f"slot {slot}, matrix {entry}: {name} is {tensor.dtype} on {tensor.device}, the weights "
+                              f"are {weight.dtype} on {weight.device}; convert it first")
+
+
+def _strips(weights: Sequence[torch.Tensor], tile: Tile) -> torch.Tensor:
+    """int32 [strips, 3]: matrix, first row, first column. Neighbours share a strip of A, which then stays in the L2."""
+    width = tile.columns * tile.steps
+    parts = []
+    for entry, weight in enumerate(weights):
+        columns, rows = np.meshgrid(
+            np.arange(0, weight.shape[1], width), np.arange(0, weight.shape[0], tile.rows), indexing="ij"
+        )
+        parts.append(np.stack([np.full(rows.size, entry), rows.ravel(), columns.ravel()], axis=1))
+    return torch.from_numpy(np.concatenate(parts).astype(np.int32))

@@ -1,0 +1,169 @@
+"""The switch folds adapters into the weights and out: right, bit-exact from the golden copy, all in one launch."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import merge
+from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch
+
+WIDTHS = ((48, 32), (16, 32), (32, 176))  # [d_out, d_in]: a query, a narrower key (GQA), and edges that fill no tile
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def world(dtype, ranks=(4, 16, 5), form="golden", seed=0):
+    """Three matrices and, in slots 0.., adapters of the given ranks; the last leaves the second matrix alone."""
+    g = seeded(seed)
+    weights = [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in WIDTHS]
+    switch = WeightSwitch(weights, slots=len(ranks), form=form)
+    adapters = []
+    for slot, rank in enumerate(ranks):
+        factors = [
+            Factors(*(torch.randn((rank, width), generator=g).to(DEVICE, dtype) for width in (d_in, d_out)), 0.5 + slot)
+            for d_out, d_in in WIDTHS
+        ]
+        if slot == len(ranks) - 1:
+            factors[1] = None
+        switch.register(slot, factors)
+        adapters.append(factors)
+    return switch, adapters
+
+
+def delta(pair):
+    return 0.0 if pair is None else pair.scale * (pair.b.float().T @ pair.a.float())
+
+
+def error(got, truth):
+    return float((got.float() - truth).norm() / truth.norm())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of many steps and edges on these tiny matrices, whatever the padded rank."""
+    monkeypatch.setattr(merge, "TILES", dict.fromkeys(merge.TILES, merge.Tile(16, 16, 2, 2, 4)))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_change_from_golden_is_one_rounding_of_the_truth_and_restores_every_bit(dtype):
+    switch, adapters = world(dtype)
+    golden = [w.clone() for w in switch.weights]
+    for slot in (0, 1, 2, 0, NO_SLOT, 2, NO_SLOT):
+        switch.to(slot)
+        for entry, weight in enumerate(switch.weights):
+            pair = None if slot == NO_SLOT else adapters[slot][entry]
+            truth = golden[entry].float() + delta(pair)
+            assert error(weight, truth) < 4e-3
+            if pair is None:
+                assert torch.equal(weight, golden[entry])
+    assert switch.merged == NO_SLOT
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_in_place_adds_the_new_and_subtracts_the_old_in_one_pass(dtype):
+    switch, adapters = world(dtype, form="in_place")
+    golden = [w.clone() for w in switch.weights]
+    assert switch.golden == []
+    for slot in (0, 1, 2, 0):
+        switch.to(slot)
+        for entry, weight in enumerate(switch.weights):
+            assert error(weight, golden[entry].float() + delta(adapters[slot][entry])) < 1e-2
+    switch.to(NO_SLOT)
+    for entry, weight in enumerate(switch.weights):
+        assert error(weight, golden[entry].float()) < 1e-2
+
+
+def test_in_place_drifts_where_golden_does_not():
+    drift = {}
+    for form in merge.FORMS:
+        switch, _ = world(torch.float16, form=form)
+        before = [w.clone() for w in switch.weights]
+        for slot in (0, 1, 2, NO_SLOT):
+            switch.to(slot)
+        drift[form] = sum(int((w != b).sum()) for w, b in zip(switch.weights, before, strict=True))
+    assert drift["golden"] == 0 < drift["in_place"]
+
+
+@pytest.mark.parametrize("ranks", [(1,), (17,), (64, 3), (100, 256)])
+def test_mixed_ranks_up_to_256_share_a_launch(ranks):
+    dtype = torch.float32
+    g = seeded(3)
+    weight, other = (torch.randn((32, 64), generator=g).to(DEVICE, dtype) for _ in range(2))
+    switch = WeightSwitch([weight, other], slots=len(ranks) + 1, form="in_place")
+    truth = weight.float().clone()
+    for slot, rank in enumerate((*ranks, 7)):
+        pair = Factors(*(torch.randn((rank, width), generator=g).to(DEVICE, dtype) for width in (64, 32)), 0.1)
+        switch.register(slot, [pair, None])
+        switch.to(slot)
+        assert error(weight, truth + delta(pair)) < 1e-3
+
+
+def test_a_nan_in_one_adapter_leaves_with_it():
+    switch, adapters = world(torch.float16)
+    golden = [w.clone() for w in switch.weights]
+    adapters[1][0].a[0, 0] = float("nan")
+    switch.to(1)
+    assert switch.weights[0].isnan().any()
+    assert not switch.weights[0][:, 1:].isnan().any()
+    switch.to(NO_SLOT)
+    assert all(torch.equal(w, g) for w, g in zip(switch.weights, golden, strict=True))
+
+
+def test_strips_cover_every_element_once():
+    weights = [torch.zeros(shape) for shape in WIDTHS]
+    tile = merge.Tile(16, 16, 3, 2, 4)
+    counts = [np.zeros(shape, int) for shape in WIDTHS]
+    for entry, row, column in merge._strips(weights, tile).tolist():
+        counts[entry][row : row + tile.rows, column : column + tile.columns * tile.steps] += 1
+    assert all((c == 1).all() for c in counts)
+
+
+def test_moved_bytes_count_touched_matrices_only():
+    switch, adapters = world(torch.float16)
+    switch.to(0)
+    touched = [pair for pair in adapters[2] if pair is not None]
+    every_matrix = 2 * sum(w.nbytes for w in switch.weights)  # slot 0, which leaves, touched them all
+    assert switch.moved_bytes(2, 0) == every_matrix + sum(p.a.nbytes + p.b.nbytes for p in touched)
+    assert switch.moved_bytes(NO_SLOT, 2) == 2 * (switch.weights[0].nbytes + switch.weights[2].nbytes)
+    assert switch.moved_bytes(NO_SLOT, NO_SLOT) == 0
+
+
+def bad_calls():
+    w = torch.zeros(32, 32)
+    pair = Factors(torch.zeros(4, 32), torch.zeros(4, 32))
+    switch = WeightSwitch([w], slots=2)
+    yield "unknown form", lambda: WeightSwitch([w], form="both")
+    yield "keeps no golden copy", lambda: WeightSwitch([w], golden=[w.clone()], form="in_place")
+    yield "at least one", lambda: WeightSwitch([])
+    yield r"shape \(32, 31\)", lambda: WeightSwitch([torch.zeros(32, 31)])
+    yield "contiguous", lambda: WeightSwitch([torch.zeros(32, 64)[:, :32]])
+    yield "float64", lambda: WeightSwitch([w.double()])
+    yield "one dtype", lambda: WeightSwitch([w, w.half()])
+    yield "the weight itself", lambda: WeightSwitch([w], golden=[w])
+    yield "2 golden copies", lambda: WeightSwitch([w], golden=[w.clone()] * 2)
+    yield r"slot 2 is outside 0\.\.1", lambda: switch.register(2, [pair])
+    yield "2 factors for 1", lambda: switch.register(0, [pair, pair])
+    yield "rank 257", lambda: switch.register(0, [Factors(torch.zeros(257, 32), torch.zeros(257, 32))])
+    yield r"b has shape \(4, 16\)", lambda: switch.register(0, [Factors(torch.zeros(4, 32), torch.zeros(4, 16))])
+    yield "convert it first", lambda: switch.register(0, [Factors(pair.a.half(), pair.b.half())])
+    yield "slot 1 holds no adapter", lambda: switch.to(1)
+    yield r"slot -2 is outside", lambda: switch.to(-2)
+
+
+@pytest.mark.parametrize(("message", "call"), list(bad_calls()))
+def test_bad_input_is_named(message, call):
+    with pytest.raises(SwitchError, match=message):
+        call()
+
+
+def test_the_merged_slot_cannot_be_replaced():
+    switch, adapters = world(torch.float16)
+    switch.to(0)
+    with pytest.raises(SwitchError, match="slot 0 is merged"):
+        switch.register(0, adapters[0])
