@@ -1,0 +1,56 @@
+"""Near names: an argument parser, and a phrase, that tell a person what they probably meant.
+
+Knows spelling only; what a flag or a column means is its owner's business.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" for the closest of `known`, or an empty string when none is close."""
+    names = [str(name) for name in known]
+    folded = {name.casefold(): name for name in names}
+    close = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.6)
+    return f", did you mean {folded[close[0]]!r}?" if close else ""
+
+
+class SuggestingParser(argparse.ArgumentParser):
+    """argparse, but an unknown flag or choice names the near one; one line on stderr, exit code 2.
+
+    Abbreviated flags are refused: `--rate` must not mean another flag once a longer one is added.
+    """
+
+    def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse; unknown arguments end the program with the nearest known flag."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=", 1)[0]
+            hint = near(flag, self._all_flags()) if flag.startswith("-") else ""
+            self.error(f"unknown argument {unknown[0]!r}{hint or f'; {self.prog} --help lists them'}")
+        return parsed
+
+    def error(self, message: str):
+        """Print one line to stderr and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            hint = near(value, known)
+            raise argparse.ArgumentError(action, f"unknown value {value!r}{hint}; one of {', '.join(known)}")
+
+    def _all_flags(self) -> list[str]:
+        """The flags of this parser and of its subcommands."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    flags += [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        return flags
