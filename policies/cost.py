@@ -1,0 +1,211 @@
+"""What a step costs: a profile's tables, interpolated, in integer picoseconds.
+
+The simulator turns a plan's Work into time with it, and every policy predicts with the same object through `view.cost`, in
+simulator and engine alike, so that both decide alike. Integers make a sum over a run of steps exact: jumping equals
+stepping to the last digit. It knows no clock and no queue; where the numbers come from stands in the profile.
+
+Tables are piecewise linear and monotone between their points. Below the first point the first value holds; beyond the last
+the last slope goes on, and `outside` counts how often that happened, by table.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from functools import lru_cache
+
+from traces.request import Adapter
+
+from policies.plan import BASE, MERGED, MIXTURE, Work
+from policies.profile import Profile
+
+PS_PER_US = 1_000_000
+
+Segment = tuple[int, int, int]
+"""(context tokens where it begins, ps there, ps per further token): one piece of the decode attention's cost."""
+
+
+class Curve:
+    """A piecewise linear function given by points (x ascending, microseconds); evaluates to picoseconds."""
+
+    __slots__ = ("_outside", "name", "xs", "ys")
+
+    def __init__(self, points: list[tuple[float, float]], name: str, outside: Counter):
+        self.xs = [x for x, _ in points]
+        self.ys = [y * PS_PER_US for _, y in points]
+        self.name = name
+        self._outside = outside
+
+    def __call__(self, x: float) -> float:
+        xs, ys = self.xs, self.ys
+        if x <= xs[0]:
+            return ys[0]
+        if x >= xs[-1]:
+            if len(xs) == 1:
+                return ys[0]
+            if x > xs[-1]:
+                self._outside[self.name] += 1
+            i = len(xs) - 1
+        else:
+            i = bisect_right(xs, x)
+        share = (x - xs[i - 1]) / (xs[i] - xs[i - 1])
+        return ys[i - 1] + share * (ys[i] - ys[i - 1])
+
+
+def _between(grid: list[float], x: float) -> tuple[int, int, float]:
+    """Indices of the grid's neighbours of x, and the share of the upper one; clamped at both ends."""
+    if x <= grid[0]:
+        return 0, 0, 0.0
+    if x >= grid[-1]:
+        return len(grid) - 1, len(grid) - 1, 0.0
+    i = bisect_right(grid, x)
+    return i - 1, i, (x - grid[i - 1]) / (grid[i] - grid[i - 1])
+
+
+class Cost:
+    """Costs of one model on one GPU with one LoRA operator.
+
+    profile: the tables. operator: whose LoRA kernels run; "none" makes the branch free. switch: which way of folding
+    adapters into the weights ("fused", "addmm", "peft"). adapters: for their ranks. Raises KeyError, naming what exists,
+    for an operator or switch that the profile does not have.
+    """
+
+    def __init__(self, profile: Profile, operator: str, switch: str, adapters: tuple[Adapter, ...]):
+        self.profile = profile
+        self.operator = operator
+        self.outside: Counter[str] = Counter()
+        self._adapters = adapters
+        self._linear = self._curve("linear", profile.linear)
+        self._vision = self._curve("vision", profile.vision)
+        self._output = self._curve("output", profile.output)
+        self._switch = self._curve("switch", profile.named("switch", switch))
+        self._attention = {
+            n: self._curve("decode_attention", points) for n, points in sorted(profile.decode_attention.items())
+        }
+        self._prefill = {
+            context: self._curve("prefill_attention", points)
+            for context, points in sorted(profile.prefill_attention.items())
+        }
+        self._lora: dict[str, dict[int, dict[int, Curve]]] = {}
+        if operator != "none":
+            for phase, table in profile.named("lora", operator).items():
+                self._lora[phase] = {
+                    rank: {n: self._curve(f"lora {phase}", points) for n, points in sorted(by_adapters.items())}
+                    for rank, by_adapters in sorted(table.items())
+                }
+        self._host_ps = round(profile.host_step_us * PS_PER_US)
+        self._host_request_ps = round(profile.host_request_us * PS_PER_US)
+        # Batches repeat; memory stays bounded whatever the trace.
+        self.linear_ps = lru_cache(65_536)(lambda tokens: round(self._linear(tokens)))
+        self.lora_ps = lru_cache(65_536)(self._lora_ps)
+        self.prefill_attention_ps = lru_cache(65_536)(self._prefill_attention_ps)
+        self.segments = lru_cache(4_096)(self._segments)
+
+    def _curve(self, name: str, points: list[tuple[float, float]]) -> Curve:
+        return Curve(points, name, self.outside)
+
+    # -- pieces, in picoseconds -----------------------------------------------------------------------------------------
+    def _segments(self, decodes: int) -> tuple[Segment, ...]:
+        """The decode attention of `decodes` requests as a function of their context tokens in all."""
+        grid = list(self._attention)
+        low, high, share = _between(grid, decodes)
+        below, above = self._attention[grid[low]], self._attention[grid[high]]
+        # Beyond the largest measured batch attention is bandwidth-bound, so its cost grows with the batch.
+        scale = decodes / grid[-1] if decodes > grid[-1] else 1.0
+        if scale > 1:
+            self.outside["decode_attention batch"] += 1
+        contexts = sorted({0.0, *below.xs, *above.xs})
+        starts = [int(context * decodes) for context in contexts]
+        values = [round(scale * (below(c) + share * (above(c) - below(c)))) for c in contexts]
+        slopes = [
+            (values[i + 1] - values[i]) // max(1, starts[i + 1] - starts[i]) for i in range(len(starts) - 1)
+        ]
+        return tuple(zip(starts, values, [*slopes, slopes[-1] if slopes else 0], strict=True))
+
+    def _prefill_attention_ps(self, tokens: int, context: int) -> int:
+        grid = list(self._prefill)
+        low, high, share = _between(grid, context)
+        value = self._prefill[grid[low]](tokens)
+        if high != low:
+            value += share * (self._prefill[grid[high]](tokens) - value)
+        elif context > grid[-1]:
+            self.outside["prefill_attention context"] += 1
+            value *= (context + tokens / 2) / (grid[-1] + tokens / 2)
+        return round(value)
+
+    def _lora_ps(self, tokens: int, adapters: int, rank: float, phase: str) -> int:
+        if not tokens or not self._lora:
+            return 0
+        table = self._lora[phase]
+        ranks = list(table)
+        low, high, share = _between(ranks, rank)
+        value = self._by_adapters(table[ranks[low]], tokens, adapters)
+        if high != low:
+            value += share * (self._by_adapters(table[ranks[high]], tokens, adapters) - value)
+        elif rank > ranks[-1]:
+            self.outside["lora rank"] += 1
+            value *= rank / ranks[-1]
+        return round(value)
+
+    def _by_adapters(self, curves: dict[int, Curve], tokens: int, adapters: int) -> float:
+        grid = list(curves)
+        low, high, share = _between(grid, adapters)
+        value = curves[grid[low]](tokens)
+        if high != low:
+            value += share * (curves[grid[high]](tokens) - value)
+        elif adapters > grid[-1]:
+            self.outside["lora adapters"] += 1
+            value *= adapters / grid[-1]
+        return value
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+    def fixed(self, work: Work) -> tuple[int, int, int, int, int, int]:
+        """(linear, prefill attention, vision, lora, host, switch) of the first step, in ps: all but the decodes' attention."""
+        linear = self.linear_ps(work.decodes + work.prefill_tokens) + round(self._output(work.outputs))
+        attention = vision = switch = lora = 0
+        phase = "decode"
+        if work.prefills:
+            phase = "prefill"
+            for tokens, context in work.prefills:
+                attention += self.prefill_attention_ps(tokens, context)
+            if work.images:
+                vision = round(self._vision(work.images))
+        if work.lora_tokens:
+            # Padded operators pay for the largest rank of the batch; the others for the mean.
+            padded = self.profile.pads(self.operator)
+            rank = work.rank if padded else work.lora_ranks / work.adapters
+            lora = self.lora_ps(work.lora_tokens, work.adapters, rank, phase)
+        if work.switch_rank:
+            switch = round(self._switch(work.switch_rank))
+        host = self._host_ps + self._host_request_ps * (work.decodes + len(work.prefills))
+        return linear, attention, vision, lora, host, switch
+
+    # -- what policies ask --------------------------------------------------------------------------------------------
+    def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE) -> int:
+        """Predicted time of one decode step of `decodes` requests with `context` tokens each and `adapters` adapters."""
+        if decodes < 1:
+            return 0
+        ranks = self._adapters[0].rank if self._adapters else 0
+        rows = 0 if mode in (BASE, MERGED) else decodes * (2 if mode == MIXTURE else 1)
+        work = Work(mode, decodes, 0, (), 0, 0, rows, adapters, ranks, ranks * adapters, 0, decodes)
+        return (sum(self.fixed(work)) + self.attention_at(decodes, decodes * context)) // 1000
+
+    def attention_at(self, decodes: int, context_tokens: int) -> int:
+        """Decode attention in ps at one point."""
+        segments = self.segments(decodes)
+        start, value, slope = segments[bisect_right(segments, context_tokens, key=lambda segment: segment[0]) - 1]
+        return value + slope * (context_tokens - start)
+
+    def prefill_ns(self, tokens: int, images: int = 0) -> int:
+        """Predicted time of a prefill of `tokens` tokens alone, without LoRA."""
+        vision = round(self._vision(images)) if images else 0
+        return (self.linear_ps(tokens) + self.prefill_attention_ps(tokens, 0) + vision + self._host_ps) // 1000
+
+    def switch_ns(self, adapter: int) -> int:
+        """Time to fold `adapter` into the weights, or to take it out."""
+        return round(self._switch(self._adapters[adapter].rank)) // 1000
+
+    def load_ns(self, adapter: int) -> int:
+        """Time of the copy of `adapter` from pinned host memory, alone on the link."""
+        bytes_ = self.profile.adapter_bytes(self._adapters[adapter].rank)
+        return round(self.profile.load_latency_us * 1000 + bytes_ / self.profile.load_gb_per_s)

@@ -1,0 +1,383 @@
+"""The ledger: the only owner and writer of requests' states, memory and the mode of the weights.
+
+The one loop of simulator and engine: `plan = policy.decide(ledger.view(now))`, `work = ledger.begin(plan, now)`, execute,
+`ledger.commit(steps, ...)`. `begin` judges the plan first and changes nothing if a rule is broken (PlanError). Each call
+costs O(1) per request touched. It knows no latencies and no clock but the times it is told; `check` proves conservation.
+"""
+
+from __future__ import annotations
+
+from traces.request import Request
+
+from policies.cohort import Cohort
+from policies.cost import Cost
+from policies.journal import Journal
+from policies.plan import MERGED, MIXTURE, UNMERGED, Plan, Work
+from policies.pool import Pool
+from policies.rules import judge
+from policies.view import DECODING, ENDED, PREFILLING, WAITING, Entry, Limits, View
+
+COMPLETED, ABORTED, UNSERVABLE, FAILED = range(4)
+
+
+class Ledger:
+    """State of one GPU. See the module's docstring for the protocol.
+
+    journal receives what happened; cost is what policies may ask for predictions; oracle opens the output lengths to
+    the policy.
+    """
+
+    def __init__(self, pool: Pool, limits: Limits, journal: Journal, cost: Cost, *, oracle: bool = False):
+        self.pool = pool
+        self.limits = limits
+        self.journal = journal
+        self.entries: dict[int, Entry] = {}  # unfinished
+        self.waiting: dict[int, Entry] = {}
+        self.waiting_by: dict[int, dict[int, Entry]] = {}  # adapter -> its part of `waiting`
+        self.preempted: dict[int, Entry] = {}
+        self.prefilling: dict[int, Entry] = {}
+        self.decoding: dict[int, Entry] = {}
+        self.decoding_by: dict[int, dict[int, Entry]] = {}
+        self.paused: dict[int, Entry] = {}
+        self.unfinished: dict[int, int] = {}
+        self.mode = UNMERGED
+        self.merged = -1
+        self.cohort = Cohort(pool.page_tokens)
+        self.injected = 0
+        self._fresh: list[Entry] = []  # decoding, but neither in the cohort nor paused: they just finished a prefill
+        self._asked: dict[int, Request] = {}  # holds the output lengths, which no view shows
+        self._ids: tuple[int, ...] | None = ()
+        self._ids_by: dict[int, tuple[int, ...]] = {}
+        self._cohort_ids: tuple[int, ...] | None = None  # the plan's tuple that made the cohort, if it still is that
+        self._token_ns = 0  # when the cohort's members got their last token
+        self._plan = Plan()
+        self._view = View(self, cost, oracle=oracle)
+
+    # -- looking ------------------------------------------------------------------------------------------------------
+    def view(self, now_ns: int) -> View:
+        """The window of this ledger at `now_ns`: one object, read through, valid until the next `begin`."""
+        self._view.now_ns = now_ns
+        return self._view
+
+    def has_work(self) -> bool:
+        """True while any request is unfinished."""
+        return bool(self.entries)
+
+    def decoding_ids(self) -> tuple[int, ...]:
+        """Ids of `decoding`; the same object until the set changes, which lets `begin` recognise it."""
+        if self._ids is None:
+            self._ids = tuple(self.decoding)
+        return self._ids
+
+    def decoding_ids_of(self, adapter: int) -> tuple[int, ...]:
+        """Ids of one adapter's part of `decoding`."""
+        ids = self._ids_by.get(adapter)
+        if ids is None:
+            ids = self._ids_by[adapter] = tuple(self.decoding_by.get(adapter, ()))
+        return ids
+
+    def known_ids(self, adapter: int | None) -> tuple[int, ...] | None:
+        """The current tuple of `decoding_ids` (or of one adapter's part), if it was asked for since the set changed."""
+        return self._ids if adapter is None else self._ids_by.get(adapter)
+
+    def held_pages(self, entry: Entry) -> int:
+        """Pages that a running request alone holds now."""
+        page = self.pool.page_tokens
+        return entry.pages - (-self.kv_tokens(entry) // page) + (-entry.kv // page)
+
+    def output_tokens(self, request: int) -> int:
+        """The true output length of an unfinished request."""
+        return self._asked[request].output_tokens
+
+    def kv_tokens(self, entry: Entry) -> int:
+        """KV tokens held by a request now, in or out of the cohort."""
+        return entry.kv + (self.cohort.tick - entry.tick if entry.id in self.cohort.members else 0)
+
+    def next_pages(self, requests: tuple[int, ...]) -> int:
+        """Pages that one decode step of `requests` takes."""
+        if requests is self._cohort_ids and not self._fresh:
+            return self.cohort.pages_for(1)
+        page, entries = self.pool.page_tokens, self.entries
+        return sum(self.kv_tokens(entries[request]) % page == 0 for request in requests)
+
+    def reusable_tokens(self, entry: Entry) -> int:
+        """Tokens of a waiting request's prompt that the prefix cache holds now."""
+        if not entry.prefix:
+            return 0
+        pool = self.pool
+        return pool.shared_tokens(pool.match(entry.adapter, entry.prefix, entry.target))
+
+    # -- arrivals -----------------------------------------------------------------------------------------------------
+    def enqueue(self, request: Request) -> bool:
+        """Take a request that arrives now; False if it can never be served, which is written down and not queued."""
+        pool, adapter = self.pool, request.adapter
+        self.injected += 1
+        total = request.prompt_tokens + request.output_tokens
+        pages = -(-(total - 1) // pool.page_tokens) + (pool.adapter_pages[adapter] if adapter >= 0 else 0)
+        if total > self.limits.max_context or pages > pool.pages:
+            self._write(Entry(request), request, UNSERVABLE, -1)
+            return False
+        if adapter >= 0:
+            self.journal.counters["adapter_hits" if adapter in pool.resident else "adapter_misses"] += 1
+        entry = Entry(request)
+        self.entries[request.id] = self.waiting[request.id] = entry
+        self.waiting_by.setdefault(adapter, {})[request.id] = entry
+        self._asked[request.id] = request
+        self.unfinished[adapter] = self.unfinished.get(adapter, 0) + 1
+        return True
+
+    def loaded(self, adapter: int) -> None:
+        """The copy of an adapter, started by a plan, is complete."""
+        self.pool.finish_load(adapter)
+
+    # -- one lease ----------------------------------------------------------------------------------------------------
+    def begin(self, plan: Plan, now_ns: int) -> Work:
+        """Judge `plan`, apply it, and return what its first step has to compute.
+
+        Raises PlanError, with nothing changed, if a rule is broken. A plan without prefills and decodes only loads,
+        evicts, preempts or aborts: its Work has no tokens and there is nothing to commit.
+        """
+        judge(self, plan)
+        pool = self.pool
+        for request in plan.aborts:
+            entry = self.entries[request]
+            self._unqueue(entry)
+            self._end(entry, ABORTED, now_ns)
+        for request in plan.preempts:
+            self._preempt(self.entries[request], now_ns)
+        for adapter in plan.evicts:
+            pool.evict(adapter)
+            self.journal.counters["adapter_evictions"] += 1
+        for adapter in plan.loads:
+            pool.start_load(adapter)
+            self.journal.counters["adapter_loads"] += 1
+        self._plan = plan
+        self._view.memo = plan.memo
+        if not plan.decodes and not plan.prefills:
+            return Work(plan.mode, 0, 0, (), 0, 0, 0, 0, 0, 0, 0, 0)
+        switch_rank = 0
+        if plan.merged != self.merged:
+            folded = plan.merged if plan.merged >= 0 else self.merged
+            switch_rank = pool.adapters[folded].rank
+            self.journal.counters["switches"] += 1
+        self.mode, self.merged = plan.mode, plan.merged
+        if plan.decodes is not self._cohort_ids or self._fresh:
+            self._select(plan.decodes)
+        chunks, images = self._start_chunks(plan.prefills, now_ns) if plan.prefills else ((), 0)
+        return self._work(plan, chunks, images, switch_rank)
+
+    def lease_steps(self) -> int:
+        """The most steps for which the plan just begun stands if nothing arrives or loads: until a member of the batch
+        ends or memory runs out; one if the plan has prefills."""
+        if self._plan.prefills:
+            return 1
+        steps = self.cohort.steps_within(self.pool.free)
+        assert steps >= 1, "judge() lets no plan pass whose first step does not fit"
+        return steps
+
+    def commit(self, steps: int, first_ns: int, end_ns: int) -> None:
+        """Account for `steps` executed steps of the plan; the first ended at first_ns, the last at end_ns."""
+        cohort = self.cohort
+        if cohort.members:
+            journal = self.journal
+            for entry in self._fresh:  # `_select` left those here that join with this lease
+                journal.gap(first_ns - entry.since_ns)
+            if len(cohort.members) > len(self._fresh):
+                journal.gap(first_ns - self._token_ns, len(cohort.members) - len(self._fresh))
+            self._fresh.clear()
+            self.pool.take(cohort.pages_for(steps))
+            for request in cohort.advance(steps):
+                entry = cohort.members[request]
+                cohort.leave(entry)
+                self._cohort_ids = None
+                self._forget_decoding(entry)
+                self._end(entry, COMPLETED, end_ns)
+            self._token_ns = end_ns
+        for request, tokens in self._plan.prefills:
+            entry = self.entries[request]
+            entry.kv += tokens
+            entry.since_ns = end_ns
+            if entry.kv == entry.target:
+                self._first_token(entry, end_ns)
+
+    # -- parts of begin -----------------------------------------------------------------------------------------------
+    def _select(self, decodes: tuple[int, ...]) -> None:
+        """Make the cohort exactly `decodes`; those left out are paused, those that join stand in `_fresh` until commit."""
+        cohort, asked = self.cohort, self._asked
+        if decodes is self._ids and not self.paused and len(cohort.members) + len(self._fresh) == len(decodes):
+            joining = self._fresh
+        else:
+            chosen = set(decodes)
+            for request in [request for request in cohort.members if request not in chosen]:
+                entry = cohort.members[request]
+                cohort.leave(entry)
+                entry.since_ns = self._token_ns
+                self.paused[request] = entry
+            for entry in self._fresh:
+                if entry.id not in chosen:
+                    self.paused[entry.id] = entry
+            joining = [self.entries[request] for request in decodes if request not in cohort.members]
+            self._fresh = joining
+        for entry in joining:
+            self.paused.pop(entry.id, None)
+            cohort.join(entry, asked[entry.id].output_tokens - entry.generated)
+        self._cohort_ids = decodes
+
+    def _start_chunks(self, prefills: tuple[tuple[int, int], ...], now_ns: int) -> tuple[tuple[tuple[int, int], ...], int]:
+        """Reserve the pages of the chunks; ((tokens, context before them) per chunk, images to encode)."""
+        pool, page, chunks, images = self.pool, self.pool.page_tokens, [], 0
+        for request, tokens in prefills:
+            entry = self.entries[request]
+            if entry.state == WAITING:
+                self._unqueue(entry)
+                entry.state = PREFILLING
+                self.prefilling[request] = entry
+                if entry.adapter >= 0 and not entry.preemptions:  # a preempted request kept its hold on the adapter
+                    pool.use(entry.adapter)
+                if entry.scheduled_ns < 0:
+                    entry.scheduled_ns = now_ns
+                if entry.prefix:
+                    self._reuse(entry)
+                images += self._images(entry)
+            chunks.append((tokens, entry.kv))
+            pages = -(-(entry.kv + tokens) // page) + (-entry.kv // page)
+            pool.take(pages)
+            entry.pages += pages
+        return tuple(chunks), images
+
+    def _reuse(self, entry: Entry) -> None:
+        pool = self.pool
+        entry.node = pool.match(entry.adapter, entry.prefix, entry.target)
+        pool.hold(entry.node)
+        entry.kv = pool.shared_tokens(entry.node)
+        entry.cached_tokens = max(entry.cached_tokens, min(entry.kv, entry.prompt_tokens))
+        self.journal.counters["prefix_hit_tokens"] += entry.kv
+
+    def _images(self, entry: Entry) -> int:
+        """Images to encode: those whose tokens the cached prefix does not hold (images come first in a prefix)."""
+        if not entry.images or not entry.kv:
+            return entry.images
+        shareable = sum(tokens for _, tokens in entry.prefix)
+        return -(-entry.images * max(0, shareable - entry.node.tokens) // shareable)
+
+    def _work(self, plan: Plan, chunks: tuple[tuple[int, int], ...], images: int, switch_rank: int) -> Work:
+        cohort = self.cohort
+        decodes = len(cohort.members)
+        prefill_tokens = 0
+        tokens = cohort.adapters
+        outputs = decodes
+        if chunks:
+            tokens = dict(tokens)
+            for request, chunk in plan.prefills:
+                entry = self.entries[request]
+                prefill_tokens += chunk
+                tokens[entry.adapter] = tokens.get(entry.adapter, 0) + chunk
+                outputs += entry.kv + chunk == entry.target and not entry.head
+        lora_tokens = rank = ranks = distinct = 0
+        if plan.mode in (UNMERGED, MIXTURE):
+            adapters, merged = self.pool.adapters, plan.merged
+            for adapter, rows in tokens.items():
+                if adapter >= 0 and adapter != merged:
+                    distinct += 1
+                    lora_tokens += rows
+                    ranks += adapters[adapter].rank
+                    rank = max(rank, adapters[adapter].rank)
+            if plan.mode == MIXTURE:
+                cold = lora_tokens + tokens.get(-1, 0)
+                if cold:  # minus the folded adapter's branch, for every row that is not its own
+                    lora_tokens += cold
+                    distinct += 1
+                    ranks += adapters[merged].rank
+                    rank = max(rank, adapters[merged].rank)
+        return Work(plan.mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_tokens, distinct,
+                    rank, ranks, switch_rank, outputs)
+
+    # -- transitions ----------------------------------------------------------------------------------------------------
+    def _unqueue(self, entry: Entry) -> None:
+        if entry.preemptions and entry.id in self.preempted:
+            del self.preempted[entry.id]
+            return
+        del self.waiting[entry.id]
+        queue = self.waiting_by[entry.adapter]
+        del queue[entry.id]
+        if not queue:
+            del self.waiting_by[entry.adapter]
+
+    def _first_token(self, entry: Entry, now_ns: int) -> None:
+        """The last chunk of a prefill emitted a token: the request decodes from now on, or ends."""
+        del self.prefilling[entry.id]
+        entry.generated += 1
+        if entry.first_token_ns < 0:
+            entry.first_token_ns = now_ns
+        if entry.prefix and not entry.preemptions:
+            before = entry.node.tokens // self.pool.page_tokens if entry.node else 0
+            entry.node = self.pool.publish(entry.adapter, entry.prefix, entry.node)
+            after = entry.node.tokens // self.pool.page_tokens if entry.node else 0
+            entry.pages -= after - before
+        if entry.generated == self._asked[entry.id].output_tokens:
+            self._end(entry, COMPLETED, now_ns)
+            return
+        entry.state = DECODING
+        self.decoding[entry.id] = entry
+        self.decoding_by.setdefault(entry.adapter, {})[entry.id] = entry
+        self._ids = None
+        self._ids_by.pop(entry.adapter, None)
+        self._fresh.append(entry)
+
+    def _forget_decoding(self, entry: Entry) -> None:
+        del self.decoding[entry.id]
+        mates = self.decoding_by[entry.adapter]
+        del mates[entry.id]
+        if not mates:
+            del self.decoding_by[entry.adapter]
+        self._ids = None
+        self._ids_by.pop(entry.adapter, None)
+
+    def _preempt(self, entry: Entry, now_ns: int) -> None:
+        """Take the memory of a running request back; it will recompute its prompt and what it has generated."""
+        if entry.state == PREFILLING:
+            del self.prefilling[entry.id]
+        else:
+            if entry.id in self.cohort.members:
+                self.cohort.leave(entry)
+                self._cohort_ids = None
+            self.paused.pop(entry.id, None)
+            if entry in self._fresh:
+                self._fresh.remove(entry)
+            self._forget_decoding(entry)
+        self._return_memory(entry)
+        entry.state = WAITING
+        entry.target = entry.prompt_tokens + entry.generated
+        entry.kv = 0
+        entry.preemptions += 1
+        entry.since_ns = now_ns
+        self.preempted[entry.id] = entry
+        if len(self.preempted) > 1:  # the oldest first; rare and short, so sorting is cheap
+            self.preempted = dict(sorted(self.preempted.items()))
+        self.journal.counters["preemptions"] += 1
+
+    def _return_memory(self, entry: Entry) -> None:
+        self.pool.give(entry.pages)
+        entry.pages = 0
+        self.pool.drop(entry.node)
+        entry.node = None
+
+    def _end(self, entry: Entry, status: int, now_ns: int) -> None:
+        self._return_memory(entry)
+        if entry.adapter >= 0 and entry.scheduled_ns >= 0:
+            self.pool.release(entry.adapter)
+        left = self.unfinished[entry.adapter] - 1
+        if left:
+            self.unfinished[entry.adapter] = left
+        else:
+            del self.unfinished[entry.adapter]
+        del self.entries[entry.id]
+        entry.state = ENDED
+        self._write(entry, self._asked.pop(entry.id), status, now_ns)
+
+    def _write(self, entry: Entry, request: Request, status: int, now_ns: int) -> None:
+        self.journal.request((
+            entry.id, self.journal.server, entry.adapter, 0, entry.prompt_tokens, entry.cached_tokens,
+            request.output_tokens, entry.generated, entry.images, entry.arrival_ns, entry.scheduled_ns,
+            entry.first_token_ns, now_ns, entry.preemptions, status,
+        ))  # fmt: skip
