@@ -10,7 +10,6 @@ Sources of the definitions: ttft, tpot, itl, e2el, goodput and throughput from v
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from traces.request import NO_ADAPTER
+from traces.suggest import near
 
 STATUS = ("completed", "aborted", "unservable", "failed")
 """How a request ended; `requests["status"]` holds indices into this tuple.
@@ -257,9 +257,7 @@ def parse_goodput(pairs: Iterable[str]) -> dict[str, float]:
     for pair in pairs:
         name, _, text = pair.partition(":")
         if name not in SLO_NAMES:
-            near = difflib.get_close_matches(name, SLO_NAMES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"goodput {pair!r}: {name!r} is not one of {', '.join(SLO_NAMES)}{hint}")
+            raise ValueError(f"goodput {pair!r}: {name!r} is none of {', '.join(SLO_NAMES)}{near(name, SLO_NAMES)}")
         try:
             limit = float(text)
         except ValueError:

@@ -74,6 +74,7 @@ def write_results(
     as the string "inf".
     """
     target = check_target(directory, overwrite)
+    assert results, "a run has at least one policy"
     _check_names([result.policy for result in results])
     for result in results:
         result.check()
@@ -189,7 +190,7 @@ def read_summary(directory: str | Path) -> dict:
         raise ResultError(f"{path}: has version {document.get('version')!r}, this reads {VERSION}; run it again")
     policies = document.get("policies")
     parts = {"operator": str, "config": dict, "summary": dict, "counters": dict, "time_ns": dict}
-    if not isinstance(policies, dict) or not all(map(_NAME.fullmatch, policies)):
+    if not isinstance(policies, dict) or not policies or not all(map(_NAME.fullmatch, policies)):
         raise ResultError(f"{path}: 'policies' are missing or misnamed; write the results again")
     for policy, entry in policies.items():
         for name, kind in parts.items():
