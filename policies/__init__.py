@@ -1,1 +1,93 @@
-"""Policies: who runs next, in which mode, with which adapters."""
+"""Policies: who runs next, in which mode, with which adapters.
+
+`POLICIES` is the registry, a literal dict. A package outside adds a policy by an entry point in the group
+`valora.policies` whose value is the class; a name that is taken or a class that lacks an attribute is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from policies.dlora import DLora
+from policies.merged_only import MergedOnly
+from policies.plan import Plan
+from policies.unmerged import Base, Fcfs, Oracle, Punica, SLora
+from policies.valora import Valora
+from policies.view import View
+
+
+class Policy(Protocol):
+    """A frozen dataclass whose fields are its parameters, and these attributes.
+
+    name: as on the command line. operator: LoRA operator it runs with ("none": free). switch: how it folds adapters in.
+    merges: it ever runs merged or mixture, so a pristine copy of the weights is kept. oracle: it may see output lengths.
+    """
+
+    name: str
+    operator: str
+    switch: str
+    merges: bool
+    oracle: bool
+
+    def decide(self, view: View) -> Plan:
+        """A pure function: no clock, no randomness, no state but `view.memo`."""
+
+
+class PolicyError(ValueError):
+    """An unknown policy or parameter, or a plug-in that is not one. The message lists what exists."""
+
+
+POLICIES: dict[str, type] = {
+    "valora": Valora,
+    "dlora": DLora,
+    "slora": SLora,
+    "punica": Punica,
+    "fcfs": Fcfs,
+    "merged-only": MergedOnly,
+    "base": Base,
+    "oracle": Oracle,
+}
+
+GROUP = "valora.policies"
+ATTRIBUTES = ("name", "operator", "switch", "merges", "oracle", "decide")
+
+
+def known_policies() -> dict[str, type]:
+    """POLICIES and what other packages bring. Raises PolicyError for a plug-in that is not a policy or takes a name."""
+    found = dict(POLICIES)
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        if entry.name in found:
+            raise PolicyError(f"entry point {entry.value}: the policy name {entry.name!r} is taken")
+        policy = entry.load()
+        missing = [attribute for attribute in ATTRIBUTES if not hasattr(policy, attribute)]
+        if missing:
+            raise PolicyError(f"entry point {entry.value}: the class lacks {', '.join(missing)}")
+        found[entry.name] = policy
+    return found
+
+
+def make_policy(name: str, options: dict[str, str] | None = None) -> Policy:
+    """The policy called `name`, with parameters given as text. Raises PolicyError, naming the near ones."""
+    known = known_policies()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise PolicyError(f"unknown policy {name!r}; {hint}known policies are {', '.join(known)}")
+    parameters = {field.name: field for field in fields(known[name])}
+    values = {}
+    for key, text in (options or {}).items():
+        if key not in parameters:
+            near = difflib.get_close_matches(key, parameters, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise PolicyError(f"policy {name} has no parameter {key!r}; {hint}it has {', '.join(parameters) or 'none'}")
+        kind = type(parameters[key].default)
+        try:
+            values[key] = kind(text)
+        except ValueError:
+            raise PolicyError(f"policy {name}: {key}={text!r} is not a {kind.__name__}") from None
+        if not 0 <= values[key] < 1e12:
+            raise PolicyError(f"policy {name}: {key}={text!r} must be finite and not negative")
+    return known[name](**values)

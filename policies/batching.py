@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from policies.plan import MERGED, UNMERGED, Plan
-from policies.view import DECODING, WAITING, Entry, View
+from policies.view import WAITING, Entry, View
 
 RESERVE = 0.01
 """Share of the pool that admissions leave to the growth of running requests (vLLM's watermark)."""
@@ -40,39 +40,50 @@ class Batch:
         self.aborts: list[int] = []
         self.free = view.free_pages
         self._needed: set[int] = {merged} if merged >= 0 else set()  # adapters that this plan counts on
-        if len(decodes) > self.free:
-            self._make_room_for_decodes()
-        else:
-            self.free -= view.next_pages(decodes) if view.queued else 0
-        self.slots = limits.max_batch - len(self.decodes)
+        need = view.next_pages(decodes) if view.queued or len(decodes) > self.free else 0
+        while need > self.free and self._give_up_one(len(self.decodes) > 1):
+            need = view.next_pages(self.decodes)
+        self.free -= need
+        # A step that preempts admits nobody: what it freed belongs to those that stay.
+        self.slots = 0 if self.preempts else limits.max_batch - len(self.decodes)
         self.tokens = limits.max_batch_tokens - len(self.decodes)
         self._promised = -1  # pages that started prefills still need; counted when first asked
 
-    def _make_room_for_decodes(self) -> None:
+    # -- memory -------------------------------------------------------------------------------------------------------
+    def _evict_for(self, pages: int) -> bool:
+        """Evict idle adapters, least recently used first, until `pages` are free; nothing if all of them do not suffice."""
+        view, victims, free = self.view, [], self.free
+        if free < pages:
+            for idle in view.idle_adapters:
+                if idle not in self._needed and idle not in self.evicts:
+                    victims.append(idle)
+                    free += view.adapter_pages(idle)
+                    if free >= pages:
+                        break
+            if free < pages:
+                return False
+            self.evicts += victims
+            self.free = free
+        return True
+
+    def _give_up_one(self, may_preempt: bool) -> bool:
+        """Evict one idle adapter or, if there is none, preempt the running request that came last. False if neither."""
         view = self.view
-        need = view.next_pages(self.decodes)
-        if need <= self.free:
-            self.free -= need
-            return
-        for adapter in list(view.idle_adapters):
-            if need <= self.free:
-                break
-            if adapter not in self._needed:
-                self.evicts.append(adapter)
-                self.free += view.adapter_pages(adapter)
-        if need > self.free:
-            running = [*view.prefilling, *(view.entry(request) for request in view.decoding)]
-            running.sort(key=lambda entry: (entry.arrival_ns, entry.id))
-            gone = set()
-            while need > self.free and len(running) > 1:
-                entry = running.pop()
-                gone.add(entry.id)
-                self.preempts.append(entry.id)
-                self.free += view.held_pages(entry)
-                if entry.state == DECODING:
-                    self.decodes = tuple(request for request in self.decodes if request not in gone)
-                    need = view.next_pages(self.decodes)
-        self.free -= need
+        for idle in view.idle_adapters:
+            if idle not in self._needed and idle not in self.evicts:
+                self.evicts.append(idle)
+                self.free += view.adapter_pages(idle)
+                return True
+        running = [view.entry(request) for request in view.decoding]
+        running += view.prefilling
+        running = [entry for entry in running if entry.id not in self.preempts]
+        if not may_preempt or len(running) < 2:
+            return False
+        last = max(running, key=lambda entry: (entry.arrival_ns, entry.id))
+        self.preempts.append(last.id)
+        self.free += view.held_pages(last)
+        self.decodes = tuple(request for request in self.decodes if request != last.id)
+        return True
 
     # -- adapters -----------------------------------------------------------------------------------------------------
     def load(self, adapter: int) -> bool:
@@ -81,18 +92,10 @@ class Batch:
         if view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads:
             return True
         pages = view.adapter_pages(adapter)
-        victims, freed = [], self.free
-        for idle in view.idle_adapters:
-            if freed >= pages:
-                break
-            if idle not in self._needed and idle not in self.evicts:
-                victims.append(idle)
-                freed += view.adapter_pages(idle)
-        if freed < pages:
+        if not self._evict_for(pages):
             return False
-        self.evicts += victims
         self.loads.append(adapter)
-        self.free = freed - pages
+        self.free -= pages
         return True
 
     # -- prefills -------------------------------------------------------------------------------------------------------
@@ -121,7 +124,11 @@ class Batch:
         else:
             tokens = min(entry.target - entry.kv, self.tokens)
             pages = -(-(entry.kv + tokens) // page) + (-entry.kv // page)
-            if pages > self.free:
+            while pages > self.free and not self.decodes and not self.prefills and entry.id not in self.preempts:
+                # Nobody runs who could end and free pages: the request that started first must not starve.
+                if not self._give_up_one(True):
+                    break
+            if pages > self.free or entry.id in self.preempts:
                 return False
         self.free -= pages
         self.slots -= 1
@@ -138,20 +145,7 @@ class Batch:
             self._promised = sum(-(-e.target // page) + (-e.kv // page) for e in view.prefilling)
         running = self.decodes or self.prefills or view.decoding
         need = pages + self._promised + (int(RESERVE * view.pool_pages) if running else 0)
-        if need <= self.free:
-            return True
-        victims, freed = [], self.free
-        for idle in view.idle_adapters:
-            if freed >= need:
-                break
-            if idle not in self._needed and idle not in self.evicts:
-                victims.append(idle)
-                freed += view.adapter_pages(idle)
-        if freed < need:
-            return False
-        self.evicts += victims
-        self.free = freed
-        return True
+        return self._evict_for(need)
 
     def fill(self, entries: Iterable[Entry]) -> Batch:
         """Add entries in order until the budget is spent."""
@@ -173,3 +167,33 @@ def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
     for entry, _ in zip(entries, range(depth), strict=False):
         if entry.adapter >= 0 and not batch.load(entry.adapter):
             break
+
+
+def starving(view: View, patience_ns: int) -> tuple[list[Entry], int | None]:
+    """The requests without progress for more than `patience_ns`, and when the next one joins them (None: nobody is left).
+
+    Looks only at those that starve and at one more of each queue: the queues are in order of their last progress.
+    """
+    now_ns, found, next_ns = view.now_ns, [], None
+    for entries, ordered in ((view.prefilling, False), (view.preempted, False), (view.arrived, True), (view.paused, True)):
+        for entry in entries:
+            due_ns = entry.since_ns + patience_ns + 1
+            if due_ns <= now_ns:
+                found.append(entry)
+            else:
+                next_ns = due_ns if next_ns is None else min(next_ns, due_ns)
+                if ordered:
+                    break
+    return found, next_ns
+
+
+def by_urgency(view: View, urgent: Iterable[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:
+    """`requests` with the urgent first, then those that ran in the last step, then the paused; unchanged if all of them fit.
+
+    Those that ran keep their places, so that a decision repeated one step later is the same decision.
+    """
+    if len(requests) <= view.limits.max_batch:
+        return requests
+    first = {entry.id for entry in urgent}
+    rank = {request: (request not in first, view.is_paused(request)) for request in requests}
+    return tuple(sorted(requests, key=rank.__getitem__))

@@ -205,7 +205,10 @@ class Cost:
         """Time to fold `adapter` into the weights, or to take it out."""
         return round(self._switch(self._adapters[adapter].rank)) // 1000
 
+    def adapter_bytes(self, adapter: int) -> int:
+        """Bytes of `adapter`'s factors."""
+        return self.profile.adapter_bytes(self._adapters[adapter].rank)
+
     def load_ns(self, adapter: int) -> int:
         """Time of the copy of `adapter` from pinned host memory, alone on the link."""
-        bytes_ = self.profile.adapter_bytes(self._adapters[adapter].rank)
-        return round(self.profile.load_latency_us * 1000 + bytes_ / self.profile.load_gb_per_s)
+        return round(self.profile.load_latency_us * 1000 + self.adapter_bytes(adapter) / self.profile.load_gb_per_s)

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from traces.record import REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 CHUNK = 65_536
 PS_PER_US = 1_000_000
 
-WHERE = ("linear", "attention", "vision", "lora", "host", "switch")
+COUNTERS = (
+    "adapter_hits", "adapter_misses", "adapter_loads", "adapter_evictions", "load_bytes", "switches", "preemptions",
+    "prefix_hit_tokens", "plans", "steps",
+)  # fmt: skip
 
 
 class Journal:
@@ -27,9 +30,10 @@ class Journal:
     def __init__(self, server: int = 0, *, keep_steps: bool = True):
         self.server = server
         self.keep_steps = keep_steps
-        self.counters: Counter[str] = Counter()
+        self.ended = 0  # requests written so far
+        self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.mode_ns = [0, 0, 0, 0]
-        self.where_ns = dict.fromkeys(WHERE, 0)
+        self.where_ns = dict.fromkeys(PLACES, 0)
         self._requests: list[tuple] = []
         self._request_chunks: list[np.ndarray] = []
         self._steps: list[tuple] = []
@@ -39,6 +43,7 @@ class Journal:
 
     def request(self, row: tuple) -> None:
         """One request that ended; `row` in the order of REQUEST_COLUMNS."""
+        self.ended += 1
         self._requests.append(row)
         if len(self._requests) >= CHUNK:
             self._request_chunks.append(np.array(self._requests, np.int64))
@@ -79,7 +84,7 @@ class Journal:
         duration, mode = STEP_COLUMNS.index("duration_ns"), STEP_COLUMNS.index("mode")
         for number in range(len(self.mode_ns)):
             self.mode_ns[number] += int(rows[rows[:, mode] == number, duration].sum())
-        for name in WHERE:
+        for name in PLACES:
             self.where_ns[name] += int(rows[:, STEP_COLUMNS.index(f"{name}_ns")].sum())
         self.counters["plans"] += len(rows)
         self.counters["steps"] += int(rows[:, STEP_COLUMNS.index("steps")].sum())
@@ -112,10 +117,10 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
         gaps.update(journal._gaps)
     values = np.array(sorted(gaps), np.int64)
     counts = np.array([gaps[value] for value in values.tolist()], np.int64)
-    where = {name: sum(journal.where_ns[name] for journal in journals) for name in WHERE}
+    where = {name: sum(journal.where_ns[name] for journal in journals) for name in PLACES}
     busy_ns = sum(where.values())
     where["idle"] = max(0, counters["end_ns"] * len(journals) - busy_ns)
-    mode = {name: sum(j.mode_ns[i] for j in journals) for i, name in enumerate(("base", "unmerged", "merged", "mixture"))}
+    mode = {name: sum(j.mode_ns[i] for j in journals) for i, name in enumerate(MODES)}
     keep = any(journal.keep_steps for journal in journals)
     return RunResult(
         policy=policy,

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from traces.record import MODES
+
 BASE, UNMERGED, MERGED, MIXTURE = range(4)
-MODES = ("base", "unmerged", "merged", "mixture")
-"""Weights' modes (VaLoRA section 4; dLoRA for the first two). Index with a plan's `mode`.
+"""Weights' modes (VaLoRA section 4; dLoRA for the first two). Named in `MODES`, in this order.
 
 base: y = Wx, nobody has an adapter. unmerged: y = Wx + s B_j A_j x for each request's own adapter j. merged: adapter m is
 folded into W; only its requests run. mixture: m stays folded; a request of adapter j adds its own branch and subtracts m's.
 """
+
+
+assert MODES == ("base", "unmerged", "merged", "mixture")
 
 
 class PlanError(ValueError):

@@ -151,6 +151,25 @@ class View:
         """Decoding requests that the last step left out, the longest paused first."""
         return self._ledger.paused.values()
 
+    def is_paused(self, request: int) -> bool:
+        """True for a decoding request that the last step left out."""
+        return request in self._ledger.paused
+
+    @property
+    def preempted(self) -> Iterable[Entry]:
+        """Waiting requests that ran before, the first to arrive first."""
+        return self._ledger.preempted.values()
+
+    @property
+    def arrived(self) -> Iterable[Entry]:
+        """Waiting requests that never ran, in order of arrival."""
+        return self._ledger.waiting.values()
+
+    @property
+    def oldest(self) -> Entry:
+        """The unfinished request that arrived first; there must be one."""
+        return next(iter(self._ledger.entries.values()))
+
     def entry(self, request: int) -> Entry:
         """The entry of an unfinished request."""
         return self._ledger.entries[request]
@@ -180,6 +199,10 @@ class View:
     def next_pages(self, requests: tuple[int, ...]) -> int:
         """Pages that one decode step of these requests takes."""
         return self._ledger.next_pages(requests)
+
+    def held_pages(self, entry: Entry) -> int:
+        """Pages that preempting a running request frees."""
+        return self._ledger.held_pages(entry)
 
     def reusable_tokens(self, entry: Entry) -> int:
         """Prompt tokens of a waiting request that the prefix cache holds now."""

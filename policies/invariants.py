@@ -1,0 +1,85 @@
+"""The invariants that hold after every step, proved from scratch; the run stops at the first that does not.
+
+Conservation of requests and of memory, a legal life cycle, no adapter evicted while in use, no idle GPU with runnable work.
+(The list follows the one that BLIS keeps for its simulator.) O(unfinished requests): always on in tests, a flag elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from policies.plan import MODES, Plan
+from policies.view import DECODING, PREFILLING, WAITING
+
+if TYPE_CHECKING:
+    from policies.ledger import Ledger
+
+
+class InvariantError(AssertionError):
+    """The run is wrong, not the input. The message lists what does not hold."""
+
+
+def check(ledger: Ledger, ended: int) -> None:
+    """Raise InvariantError unless the ledger adds up. ended: rows of finished requests written so far."""
+    wrong = ledger.pool.check()
+    entries = ledger.entries
+    if ledger.injected != ended + len(entries):
+        wrong.append(f"requests: {ledger.injected} injected, {ended} ended + {len(entries)} unfinished")
+    places = (
+        ("waiting", ledger.waiting, WAITING), ("preempted", ledger.preempted, WAITING),
+        ("prefilling", ledger.prefilling, PREFILLING), ("decoding", ledger.decoding, DECODING),
+    )  # fmt: skip
+    if sum(len(place) for _, place, _ in places) != len(entries):
+        wrong.append(f"{len(entries)} unfinished requests stand in {sum(len(place) for _, place, _ in places)} places")
+    for name, place, state in places:
+        wrong += [f"request {e.id} is in {name} with state {e.state}" for e in place.values() if e.state != state]
+    counts: dict[int, int] = {}
+    for entry in entries.values():
+        counts[entry.adapter] = counts.get(entry.adapter, 0) + 1
+    if counts != ledger.unfinished:
+        wrong.append(f"unfinished per adapter {ledger.unfinished} is not {counts}")
+    wrong += _memory(ledger)
+    if wrong:
+        raise InvariantError("; ".join(wrong))
+
+
+def _memory(ledger: Ledger) -> list[str]:
+    wrong, pool, page = [], ledger.pool, ledger.pool.page_tokens
+    held = 0
+    users: dict[int, int] = {}
+    for entry in ledger.entries.values():
+        kv = ledger.kv_tokens(entry)
+        shared = entry.node.tokens // page if entry.node else 0
+        pages = ledger.held_pages(entry)
+        held += pages
+        expected = 0 if entry.state == WAITING else -(-kv // page) - shared
+        if pages != expected:
+            wrong.append(f"request {entry.id} holds {pages} pages for {kv} tokens, expected {expected}")
+        if entry.adapter >= 0 and entry.scheduled_ns >= 0:
+            users[entry.adapter] = users.get(entry.adapter, 0) + 1
+    if held != pool.kv:
+        wrong.append(f"requests hold {held} KV pages, the pool counts {pool.kv}")
+    if users != pool.users:
+        wrong.append(f"adapters in use {pool.users}, requests need {users}")
+    context = sum(ledger.kv_tokens(entry) for entry in ledger.cohort.members.values())
+    if context != ledger.cohort.context:
+        wrong.append(f"the cohort counts {ledger.cohort.context} KV tokens, its members have {context}")
+    if ledger.merged >= 0 and ledger.merged not in pool.resident:
+        wrong.append(f"adapter {ledger.merged} is folded in and was evicted")
+    return wrong
+
+
+def check_idle(ledger: Ledger, plan: Plan) -> None:
+    """Raise InvariantError if `plan` computes nothing although something could run now: a decode always can, a waiting
+    request can if its adapter is resident and its prompt fits."""
+    if plan.decodes or plan.prefills or plan.preempts:
+        return
+    if ledger.decoding:
+        raise InvariantError(f"idle in mode {MODES[plan.mode]} with {len(ledger.decoding)} requests to decode")
+    pool = ledger.pool
+    reserved = sum(pool.adapter_pages[adapter] for adapter in plan.loads)
+    reserved -= sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
+    for entry in (*ledger.prefilling.values(), *ledger.preempted.values(), *ledger.waiting.values()):
+        here = entry.adapter < 0 or (entry.adapter in pool.resident and entry.adapter not in plan.evicts)
+        if here and entry.id not in plan.aborts and -(-entry.target // pool.page_tokens) <= pool.free - reserved:
+            raise InvariantError(f"idle although request {entry.id} could start")

@@ -1,0 +1,59 @@
+"""Which GPU a new request goes to: pure functions of the request and of what each replica reports.
+
+A router sees the state that its replicas had committed when the request arrived; a running lease is not looked into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from traces.request import Request
+
+from policies.ledger import Ledger
+
+Router = Callable[[Request, Sequence[Ledger], int], int]
+"""(request, the replicas' ledgers, requests routed so far) -> number of the replica. Must not change the ledgers."""
+
+
+def round_robin(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
+    """In turn."""
+    return routed % len(replicas)
+
+
+def least_outstanding(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
+    """Fewest unfinished requests; the lowest number among equals."""
+    return min(range(len(replicas)), key=lambda i: (len(replicas[i].entries), i))
+
+
+def adapter_affinity(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
+    """A replica that holds the adapter, unless it has `1.5 x the fewest + 4` unfinished requests or more; the least loaded
+    of those, else the least loaded of all."""
+    loads = [len(replica.entries) for replica in replicas]
+    bound = 1.5 * min(loads) + 4
+    holders = [i for i, replica in enumerate(replicas) if _holds(replica, request.adapter) and loads[i] < bound]
+    return min(holders or range(len(replicas)), key=lambda i: (loads[i], i))
+
+
+def consolidate(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
+    """Punica (MLSys 2024, section 5): the replica with the largest working set that still has room for the request; the
+    least loaded if none has."""
+    pages = [-(-request.prompt_tokens // replica.pool.page_tokens) for replica in replicas]
+    roomy = [
+        i for i, replica in enumerate(replicas)
+        if len(replica.entries) < replica.limits.max_batch and pages[i] <= replica.pool.free
+    ]  # fmt: skip
+    if not roomy:
+        return least_outstanding(request, replicas, routed)
+    return max(roomy, key=lambda i: (len(replicas[i].entries), -i))
+
+
+def _holds(replica: Ledger, adapter: int) -> bool:
+    return adapter < 0 or adapter in replica.pool.resident or adapter in replica.pool.loading
+
+
+ROUTERS: dict[str, Router] = {
+    "least-outstanding": least_outstanding,
+    "round-robin": round_robin,
+    "affinity": adapter_affinity,
+    "consolidate": consolidate,
+}

@@ -1,0 +1,72 @@
+"""VaLoRA: merged, unmerged and mixture modes by Algorithm 1 (EuroSys 2025, section 4).
+
+credit(r) = time waited + estimated execution time in the current mode + switch latency where one is needed;
+R_starve = requests whose credit exceeds theta; R_merge = requests of the most common adapter m. If at most half of MaxBS
+starve and R_merge fills more than half of it: merged on m, or mixture (R_starve first, then R_merge) where somebody
+starves. Otherwise unmerged: R_starve first, then the rest in order.
+
+Our reading under continuous batching: R is every unfinished request, waiting or running. Time waited runs since a request
+last made progress; one that mixture mode took up goes on until it ends. In merged mode the others pause with their KV
+kept. Simplified: the estimated execution time is that of one decode step, since output lengths are hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from policies.batching import Batch, by_urgency, prefetch, starving
+from policies.plan import MERGED, MIXTURE, Plan
+from policies.view import DECODING, View
+
+
+@dataclass(frozen=True)
+class Valora:
+    """theta_s: credit in seconds above which a request starves. prefetch: waiting requests whose adapters load ahead."""
+
+    theta_s: float = 0.5
+    prefetch: int = 32
+
+    name = "valora"
+    operator = "sglang"
+    switch = "fused"
+    merges = True
+    oracle = False
+
+    def decide(self, view: View) -> Plan:
+        """Algorithm 1."""
+        half = view.limits.max_batch / 2
+        most = max(view.unfinished, key=lambda m: (m >= 0, view.unfinished[m], m == view.merged, -m), default=-1)
+        if most < 0 or view.unfinished[most] <= half or not view.is_resident(most):
+            return self._unmerged(view)
+        waited_long, until_ns = starving(view, self._patience_ns(view))
+        taken_up = set()
+        if view.mode == MIXTURE and view.merged == most:
+            taken_up = {r for r in view.decoding if not view.is_paused(r)}.difference(view.decoding_of(most))
+        cold = taken_up.union(entry.id for entry in waited_long if entry.adapter != most)
+        if len(cold) > half:
+            return self._unmerged(view)
+        if cold:
+            cold_decodes = tuple(r for r in view.decoding if r in cold)
+            decodes = cold_decodes + by_urgency(view, waited_long, view.decoding_of(most))
+            batch = Batch(view, decodes, MIXTURE, most)
+            batch.fill(entry for entry in waited_long if entry.state != DECODING)
+        else:
+            batch = Batch(view, by_urgency(view, waited_long, view.decoding_of(most)), MERGED, most)
+        batch.fill(view.queue_of(most))
+        prefetch(batch, view.waiting, self.prefetch)
+        return batch.plan(until_ns=until_ns)
+
+    def _unmerged(self, view: View) -> Plan:
+        until_ns, urgent = None, []
+        if len(view.decoding) > view.limits.max_batch:
+            urgent, until_ns = starving(view, self._patience_ns(view))
+        batch = Batch(view, by_urgency(view, urgent, view.decoding))
+        if view.queued:
+            batch.fill(view.queue())
+            prefetch(batch, view.waiting, self.prefetch)
+        return batch.plan(until_ns=until_ns)
+
+    def _patience_ns(self, view: View) -> int:
+        """Time without progress after which credit exceeds theta."""
+        switch_ns = view.cost.switch_ns(view.merged) if view.merged >= 0 else 0
+        return max(0, int(self.theta_s * 1e9) - view.cost.step_ns(1, mode=view.mode) - switch_ns)

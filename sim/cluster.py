@@ -1,0 +1,160 @@
+"""A simulation: a trace, a policy, one or more GPUs, to a RunResult.
+
+`simulate` is the whole of it. It builds one ledger, pool and server a GPU, delivers each request at its arrival to the GPU
+that the router names, and collects the journals. It knows nothing of files and command lines.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import simpy
+from policies import Policy
+from policies.cost import Cost
+from policies.invariants import InvariantError
+from policies.journal import Journal, result
+from policies.ledger import Ledger
+from policies.pool import Pool
+from policies.profile import Profile, ProfileError
+from policies.routing import ROUTERS
+from policies.view import Limits
+from traces.record import RunResult
+from traces.request import NO_ADAPTER, Trace
+
+from sim.server import FOREVER_PS, PS_PER_NS, Server, at
+
+
+@dataclass(frozen=True)
+class SimConfig:
+    """What a simulation depends on beside trace, policy and profile.
+
+    operator: None for the policy's own. page_tokens: KV tokens a page. memory_share: of the pool that may be used. gpus,
+    router: replicas and who sends them requests. leap: jump over runs of decode steps (False: step singly, same result).
+    keep_steps: record one row a lease. check_invariants: prove the ledger after every step.
+    """
+
+    limits: Limits = Limits()
+    operator: str | None = None
+    page_tokens: int = 16
+    memory_share: float = 1.0
+    prefix_cache: bool = True
+    gpus: int = 1
+    router: str = "least-outstanding"
+    leap: bool = True
+    keep_steps: bool = True
+    check_invariants: bool = False
+
+
+def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
+             progress: Callable[[int], None] | None = None) -> RunResult:
+    """Replay `trace` under `policy`; `progress` is called with the number of finished requests now and then.
+
+    Raises PlanError or InvariantError if the policy or the simulator is wrong, ProfileError if the profile cannot serve.
+    """
+    if getattr(policy, "strips_adapters", False):
+        trace = trace.with_(adapter=np.full(len(trace), NO_ADAPTER, np.int32))
+    env = simpy.Environment()
+    operator = config.operator or policy.operator
+    cost = Cost(profile, operator, policy.switch, trace.adapters)
+    page_bytes = config.page_tokens * profile.kv_bytes_per_token
+    pages = int(profile.pool_bytes(golden=policy.merges) * config.memory_share) // page_bytes
+    if pages < 1:
+        raise ProfileError(f"memory share {config.memory_share} leaves no page of {page_bytes} bytes in the pool")
+    adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
+    dispatcher = Dispatcher(env, trace, config.router, progress)
+    for number in range(config.gpus):
+        journal = Journal(number, keep_steps=config.keep_steps)
+        pool = Pool(pages, config.page_tokens, trace.adapters, adapter_pages, prefix_cache=config.prefix_cache)
+        ledger = Ledger(pool, config.limits, journal, cost, oracle=policy.oracle)
+        dispatcher.servers.append(
+            Server(env, ledger, policy, cost, journal, dispatcher.next_arrival_ps, leap=config.leap,
+                   check_invariants=config.check_invariants)
+        )  # fmt: skip
+    _without_gc(env.run)
+    servers = dispatcher.servers
+    left = sum(len(server.ledger.entries) for server in servers)
+    ended = sum(server.journal.ended for server in servers)
+    if left or ended != len(trace):
+        raise InvariantError(f"{len(trace)} requests in, {ended} ended, {left} unfinished when nothing more can happen")
+    counters = {
+        "gpus": config.gpus,
+        "end_ns": max([server.last_ps // PS_PER_NS for server in servers] + trace.arrival_ns[-1:].tolist()),
+        "peak_pages": max(server.ledger.pool.peak for server in servers),
+        "pool_pages": pages,
+        "page_bytes": page_bytes,
+    }
+    record = result([s.journal for s in servers], policy=policy.name, operator=operator, counters=counters,
+                    config=_resolved(trace, policy, profile, config, cost))  # fmt: skip
+    record.requests["task"] = trace.task.astype(np.int64)
+    return record
+
+
+class Dispatcher:
+    """Delivers the requests of a trace, each at its arrival, to the server that the router names."""
+
+    def __init__(self, env: simpy.Environment, trace: Trace, router: str, progress: Callable[[int], None] | None):
+        self.servers: list[Server] = []
+        self._env = env
+        self._requests = trace.requests()
+        self._route = ROUTERS[router]
+        self._progress = progress
+        self._routed = 0
+        self._next = next(self._requests, None)
+        self._next_ps = FOREVER_PS
+        self._schedule()
+
+    def next_arrival_ps(self) -> int:
+        """When the next request arrives anywhere; FOREVER_PS after the last."""
+        return self._next_ps
+
+    def _schedule(self) -> None:
+        if self._next is None:
+            self._next_ps = FOREVER_PS
+        else:
+            self._next_ps = self._next.arrival_ns * PS_PER_NS
+            at(self._env, self._next_ps, self._deliver)
+
+    def _deliver(self, _event) -> None:
+        request, servers = self._next, self.servers
+        number = 0
+        if len(servers) > 1:
+            number = self._route(request, [server.ledger for server in servers], self._routed)
+        self._routed += 1
+        self._next = next(self._requests, None)
+        self._schedule()
+        servers[number].arrive(request)
+        if self._progress is not None and self._routed % 256 == 0:
+            self._progress(sum(server.journal.ended for server in servers))
+
+
+def _without_gc(action: Callable[[], None]) -> None:
+    """The run makes no reference cycles and many live objects, so collecting would only cost time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        action()
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _resolved(trace: Trace, policy: Policy, profile: Profile, config: SimConfig, cost: Cost) -> dict:
+    notes = [*trace.notes]
+    if profile.kind != "measured":
+        notes.append(f"profile {profile.name} is {profile.kind}, not measured")
+    if cost.outside:
+        beyond = ", ".join(f"{name} {count} times" for name, count in sorted(cost.outside.items()))
+        notes.append(f"look-ups beyond the profile's range, extrapolated: {beyond} (distinct shapes)")
+    return {
+        "trace": {"source": trace.source, "sha256": trace.sha256, "format": trace.format, "settings": trace.settings},
+        "profile": {"name": profile.name, "sha256": profile.sha256, "kind": profile.kind, "provenance": profile.provenance},
+        "model": profile.model,
+        "policy": {"name": policy.name, **asdict(policy)},
+        "simulator": asdict(replace(config, operator=config.operator or policy.operator)),
+        "adapters": [{"name": adapter.name, "rank": adapter.rank} for adapter in trace.adapters],
+        "seed": trace.settings.get("seed"),
+        "notes": notes,
+    }

@@ -1,0 +1,142 @@
+"""One simulated GPU: the shared loop over ledger and policy, with a latency model where the engine has a GPU.
+
+A SimPy process; time is integer picoseconds. Adapter copies run beside the steps, one after another on one link. A lease is
+jumped over in one go, up to the first step boundary at or after the next arrival anywhere, the next finished copy, or the
+time the policy named; `leap=False` takes and decides every step singly, which must give the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import simpy
+from policies import Policy
+from policies.cost import Cost
+from policies.invariants import InvariantError, check, check_idle
+from policies.journal import Journal
+from policies.ledger import Ledger
+from policies.plan import Plan, Work
+from simpy.events import URGENT, Event
+from traces.request import Request
+
+from sim.latency import Run, run
+
+PS_PER_NS = 1000
+FOREVER_PS = 1 << 62
+
+
+def at(env: simpy.Environment, time_ps: int, action: Callable[[Event], None]) -> None:
+    """Call `action` at `time_ps`, before any step that ends at the same time: who decides then knows of it."""
+    event = Event(env)
+    event._ok, event._value = True, None
+    event.callbacks.append(action)
+    env.schedule(event, URGENT, time_ps - env.now)
+
+
+class Server:
+    """One GPU under one policy. next_arrival_ps tells when anything arrives next anywhere (FOREVER_PS: never)."""
+
+    def __init__(self, env: simpy.Environment, ledger: Ledger, policy: Policy, cost: Cost, journal: Journal,
+                 next_arrival_ps: Callable[[], int], *, leap: bool = True, check_invariants: bool = False):
+        self.env = env
+        self.ledger = ledger
+        self.policy = policy
+        self.cost = cost
+        self.journal = journal
+        self.leap = leap
+        self.check_invariants = check_invariants
+        self.last_ps = 0  # when the last step ended
+        self._next_arrival_ps = next_arrival_ps
+        self._asleep: Event | None = None
+        self._link_free_ps = 0
+        self._next_load_ps = FOREVER_PS
+        self._loads: list[int] = []  # times at which copies end, ascending
+        self.process = env.process(self._serve())
+
+    # -- what reaches it from outside -----------------------------------------------------------------------------------
+    def arrive(self, request: Request) -> None:
+        """A request is routed here, now."""
+        if self.ledger.enqueue(request):
+            self._wake()
+
+    def _loaded(self, adapter: int) -> None:
+        self.ledger.loaded(adapter)
+        self._loads.pop(0)
+        self._next_load_ps = self._loads[0] if self._loads else FOREVER_PS
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._asleep is not None:
+            asleep, self._asleep = self._asleep, None
+            asleep.succeed()
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+    def _serve(self):
+        env, ledger, policy = self.env, self.ledger, self.policy
+        while True:
+            if not ledger.has_work():
+                yield self._sleep(None)
+            now_ns = env.now // PS_PER_NS
+            plan = policy.decide(ledger.view(now_ns))
+            if self.check_invariants:
+                check_idle(ledger, plan)
+            work = ledger.begin(plan, now_ns)
+            if plan.loads:
+                self._start_loads(plan.loads)
+            if not plan.decodes and not plan.prefills:
+                moved = plan.preempts or plan.aborts or plan.evicts
+                if not moved:
+                    self._refuse_deadlock(plan)
+                    yield self._sleep(plan.until_ns)
+                continue
+            yield from self._execute(plan, work)
+
+    def _execute(self, plan: Plan, work: Work):
+        """Run the plan's lease, or its part up to the next event."""
+        env, ledger = self.env, self.ledger
+        most = ledger.lease_steps() if self.leap else 1
+        until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+        start_ps = env.now
+        wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps) if most > 1 else 0
+        jump = run(self.cost, work, most, wake_ps - start_ps)
+        yield env.timeout(jump.total_ps)
+        self._commit(plan, work, jump, start_ps)
+
+    def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
+        journal, end_ps = self.journal, self.env.now
+        start_ns, end_ns = start_ps // PS_PER_NS, end_ps // PS_PER_NS
+        self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ns)
+        self.last_ps = end_ps
+        for first, growth, steps in jump.pieces:
+            journal.gap_run(first, growth, steps, work.decodes)
+        parts = [part // PS_PER_NS for part in jump.parts]
+        parts[0] += end_ns - start_ns - sum(parts)  # what rounding to ns left over
+        journal.step((
+            journal.server, start_ns, end_ns - start_ns, jump.steps, plan.mode, plan.merged, work.decodes,
+            len(work.prefills), work.prefill_tokens, work.images, work.adapters, work.context_tokens, *parts,
+        ))  # fmt: skip
+        if self.check_invariants:
+            check(self.ledger, journal.ended)
+
+    def _start_loads(self, adapters: tuple[int, ...]) -> None:
+        for adapter in adapters:
+            begin_ps = max(self._link_free_ps, self.env.now)
+            self._link_free_ps = begin_ps + self.cost.load_ns(adapter) * PS_PER_NS
+            self._loads.append(self._link_free_ps)
+            self.journal.counters["load_bytes"] += self.cost.adapter_bytes(adapter)
+            at(self.env, self._link_free_ps, lambda _, adapter=adapter: self._loaded(adapter))
+        self._next_load_ps = self._loads[0]
+
+    def _sleep(self, until_ns: int | None) -> Event:
+        self._asleep = Event(self.env)
+        if until_ns is not None:
+            asleep = self._asleep
+            at(self.env, max(until_ns * PS_PER_NS, self.env.now), lambda _: self._wake() if asleep is self._asleep else None)
+        return self._asleep
+
+    def _refuse_deadlock(self, plan: Plan) -> None:
+        if not self._loads and plan.until_ns is None and self._next_arrival_ps() == FOREVER_PS:
+            raise InvariantError(
+                f"policy {self.policy.name} stands still with {len(self.ledger.entries)} unfinished requests, no copy under "
+                f"way and no arrival to come"
+            )
