@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -66,7 +67,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _ranks(text: str) -> tuple[int, ...]:
+def ranks(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between."""
     return tuple(count(part) for part in text.split(","))
 
 
@@ -101,50 +103,57 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bad-rows", choices=BAD_ROWS, default="stop", help="stop at a bad row, or skip and count (default stop)")
 
 
-def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
-    """All options that choose a trace, its part, its pace, its workload and its adapters."""
-    group = parser.add_argument_group("trace")
-    add = group.add_argument
-    add("--trace", metavar="FILE", help="trace to replay, plain or gzip (default: the sample that ships)")
-    add_reading_arguments(group)
+def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a part of a trace and its pace; `select` applies them."""
+    add = parser.add_argument
     add("--start", type=not_negative, default=0.0, metavar="S", help="window: from S seconds on")
     add("--duration", type=positive, metavar="S", help="window: S seconds long")
     add("--arrivals", type=_arrivals, default=None, metavar="trace|valora-sample:R",
         help="replay the trace, or sample as VaLoRA's artefact does")  # fmt: skip
     add("--sample", type=positive, metavar="P", help="keep each request with probability P")
     add("--max-requests", type=count, metavar="N", help="only the first N")
-    pace = group.add_mutually_exclusive_group()
+    pace = parser.add_mutually_exclusive_group()
     pace.add_argument("--rate", type=positive, metavar="R", help="rescale time to a mean of R requests/s")
     pace.add_argument("--time-scale", type=positive, metavar="X", help="multiply arrival times by X (0.5: faster)")
+
+
+def add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which adapter a request asks for; `assigned` applies them."""
+    add = parser.add_argument
+    add("--adapters", type=count, metavar="N", help=f"number of adapters (default {ADAPTERS}; 0: base model)")
+    add("--ranks", type=ranks, metavar="R,R,...", help=f"ranks the adapters cycle over (default {DEFAULT_RANK})")
+    add("--adapter-assign", metavar="SPEC",
+        help=f"{' | '.join(assign.SPECS)} (default: the trace's own adapters, else {assign.DEFAULT_SPEC})")  # fmt: skip
+    add("--seed", type=count, default=0, metavar="N", help="seed of every random draw (default 0)")
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """All options that choose a trace, its part, its pace, its workload and its adapters; `load_trace` applies them."""
+    group = parser.add_argument_group("trace")
+    add = group.add_argument
+    add("--trace", metavar="FILE", help="trace to replay, plain or gzip (default: the sample that ships)")
+    add_reading_arguments(group)
+    add_selection_arguments(group)
     add("--workload", choices=workload.WORKLOADS, default="trace", help="what requests ask for (default trace)")
     add("--repeat-images", type=not_negative, default=0.0, metavar="P",
         help="share of the requests whose images were seen shortly before (default 0)")  # fmt: skip
     add("--no-head", action="store_true", help="decode 7 tokens instead of a vision task head")
-    add("--adapters", type=count, metavar="N", help=f"number of adapters (default {ADAPTERS}; 0: base model)")
-    add("--ranks", type=_ranks, metavar="R,R,...", help=f"ranks the adapters cycle over (default {DEFAULT_RANK})")
-    add("--adapter-assign", metavar="SPEC",
-        help=f"{' | '.join(assign.SPECS)} (default: the trace's own adapters, else {assign.DEFAULT_SPEC})")  # fmt: skip
+    add_adapter_arguments(group)
     add("--clip", action="store_true", help="shorten requests that pass the model's context")
-    add("--seed", type=count, default=0, metavar="N", help="seed of every random draw (default 0)")
 
 
-def open_trace(path: str | Path, args: argparse.Namespace) -> Trace:
-    """Read `path` with the options of `add_reading_arguments`."""
-    return read_trace(
-        path, format=args.trace_format, columns=args.columns, images=args.images, bad_rows=args.bad_rows
-    )
+def open_trace(path: str | Path | None, args: argparse.Namespace) -> Trace:
+    """Read `path` with the options of `add_reading_arguments`; None is the sample that ships."""
+    options = {"format": args.trace_format, "columns": args.columns, "images": args.images, "bad_rows": args.bad_rows}
+    if path is not None:
+        return read_trace(path, **options)
+    name = f"{SAMPLE.parent.name}/{SAMPLE.name}"  # where the project is installed is nobody's business
+    note = "no trace given: the synthetic sample that ships with the project"
+    return replace(read_trace(SAMPLE, **options), source=name).with_(note=note, settings={"trace": name})
 
 
-def load_trace(args: argparse.Namespace, model: ModelShape) -> Trace:
-    """The trace that the options of `add_trace_arguments` describe, for a model of this shape.
-
-    In this order: read; window (--start, --duration); --arrivals; --sample; --max-requests; --rate or --time-scale;
-    --workload (with --repeat-images, --no-head); --adapter-assign; --clip. `settings` holds every resolved value,
-    `notes` what each step did. Raises TraceError.
-    """
-    trace = open_trace(args.trace or SAMPLE, args)
-    if not args.trace:
-        trace = trace.with_(note="no --trace given: the synthetic sample that ships with the project")
+def select(trace: Trace, args: argparse.Namespace) -> Trace:
+    """Window, --arrivals, --sample, --max-requests, then --rate or --time-scale; recorded in the settings."""
     if args.start or args.duration is not None:
         trace = window.window(trace, args.start, args.duration)
     if args.arrivals is not None:
@@ -157,20 +166,32 @@ def load_trace(args: argparse.Namespace, model: ModelShape) -> Trace:
         trace = window.set_rate(trace, args.rate)
     if args.time_scale is not None:
         trace = window.time_scale(trace, args.time_scale)
+    arrivals = "trace" if args.arrivals is None else f"valora-sample:{args.arrivals}"
+    chosen = {"start_s": args.start, "duration_s": args.duration, "arrivals": arrivals, "sample": args.sample}
+    chosen |= {"max_requests": args.max_requests, "rate": args.rate, "time_scale": args.time_scale}
+    return trace.with_(settings=chosen)
+
+
+def load_trace(args: argparse.Namespace, model: ModelShape) -> Trace:
+    """The trace that the options of `add_trace_arguments` describe, for a model of this shape.
+
+    In this order: read; window (--start, --duration); --arrivals; --sample; --max-requests; --rate or --time-scale;
+    --workload (with --repeat-images, --no-head); --adapter-assign; --clip. `settings` holds every resolved value,
+    `notes` what each step did. Raises TraceError.
+    """
+    trace = open_trace(args.trace, args)
+    trace = select(trace, args)
     trace = workload.apply_workload(
         trace, args.workload, image_tokens=model.image_tokens, video_images=model.video_images, seed=args.seed,
         repeat_images=args.repeat_images, head=not args.no_head,
     )  # fmt: skip
-    trace = _assigned(trace, args)
+    trace = assigned(trace, args)
     if args.clip:
         trace = workload.clip(trace, model.max_context, model.image_tokens)
-    arrivals = "trace" if args.arrivals is None else f"valora-sample:{args.arrivals}"
-    pace = {"start_s": args.start, "duration_s": args.duration, "arrivals": arrivals, "sample": args.sample}
-    pace |= {"max_requests": args.max_requests, "rate": args.rate, "time_scale": args.time_scale}
-    return trace.with_(settings=pace | {"clip": args.clip, "seed": args.seed, "requests": len(trace)})
+    return trace.with_(settings={"clip": args.clip, "seed": args.seed, "requests": len(trace)})
 
 
-def _assigned(trace: Trace, args: argparse.Namespace) -> Trace:
+def assigned(trace: Trace, args: argparse.Namespace) -> Trace:
     """Adapters as asked; the trace's own where it names some and nobody asks for others."""
     asked = args.adapters is not None or args.ranks is not None
     spec = args.adapter_assign or ("column" if trace.adapters and not asked else assign.DEFAULT_SPEC)

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 def near(word: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" for the closest of `known`, or an empty string when none is close."""
+    """" (did you mean 'x'?)" for the closest of `known`, or an empty string when none is close."""
     names = [str(name) for name in known]
     folded = {name.casefold(): name for name in names}
     close = difflib.get_close_matches(str(word).casefold(), folded, n=1, cutoff=0.6)
-    return f", did you mean {folded[close[0]]!r}?" if close else ""
+    return f" (did you mean {folded[close[0]]!r}?)" if close else ""
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -33,7 +33,7 @@ class SuggestingParser(argparse.ArgumentParser):
         if unknown:
             flag = unknown[0].split("=", 1)[0]
             hint = near(flag, self._all_flags()) if flag.startswith("-") else ""
-            self.error(f"unknown argument {unknown[0]!r}{hint or f'; {self.prog} --help lists them'}")
+            self.error(f"unknown argument {unknown[0]!r}{hint or f'; {self.prog} --help lists the known ones'}")
         return parsed
 
     def error(self, message: str):

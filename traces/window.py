@@ -24,8 +24,8 @@ def window(trace: Trace, start_s: float = 0.0, duration_s: float | None = None) 
     end_ns = 2**62 if duration_s is None else start_ns + _nanoseconds("--duration", duration_s)
     first, last = np.searchsorted(trace.arrival_ns, [start_ns, end_ns])
     if first >= last:
-        span = trace.arrival_ns[-1] / SECOND_NS if len(trace) else 0
-        raise TraceError(f"{trace.source}: no request in the window from {start_s:g} s; its last arrives at {span:.3f} s")
+        last_s = trace.arrival_ns[-1] / SECOND_NS if len(trace) else 0
+        raise TraceError(f"{trace.source}: nothing in the window at {start_s:g} s; the last arrives at {last_s:.3f} s")
     part = trace.take(np.arange(first, last))
     until = "the end" if duration_s is None else f"{start_s + duration_s:g} s"
     note = f"window from {start_s:g} s to {until}: {len(part)} of {len(trace)} requests"
