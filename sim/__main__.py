@@ -1,0 +1,179 @@
+"""`python -m sim --policy valora --trace azure.csv`: replay a trace through one or several policies on simulated GPUs.
+
+The result goes to stdout, the same bytes for the same seed and inputs; progress, timing and errors go to stderr. Exit codes:
+0, 2 (bad input; one line that says where and what to do), 3 (an invariant was broken: a bug, not bad input).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from policies import PolicyError, known_policies, make_policy
+from policies.invariants import InvariantError
+from policies.plan import PlanError
+from policies.profile import Profile, ProfileError, load_profile
+from policies.routing import ROUTERS
+from policies.view import Limits
+from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, not_negative, positive
+from traces.record import parse_goodput, per_adapter, summarize
+from traces.request import Trace, TraceError
+from traces.result_files import FIGURES, ResultError, check_target, write_results
+from traces.result_tables import render_per_adapter, render_table
+
+from sim.cluster import SimConfig, simulate
+from sim.progress import Progress
+
+PROFILES = Path(__file__).parent / "profiles"
+MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
+
+
+def build_parser() -> SuggestingParser:
+    parser = SuggestingParser(
+        "python -m sim", description="Replay a trace through LoRA serving policies on simulated GPUs.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--policy", default="valora", metavar="NAME[,NAME...]",
+        help="one, or several to compare: " + ", ".join(known_policies()))  # fmt: skip
+    add("--policy-option", action="append", default=[], metavar="[POLICY.]KEY=VALUE",
+        help="a parameter of a policy, e.g. valora.theta_s=2; may be repeated")  # fmt: skip
+    add_trace_arguments(parser)
+    group = parser.add_argument_group("hardware and model")
+    add = group.add_argument
+    add("--model", choices=MODELS, default=MODELS[0], help=f"model whose profile is used (default {MODELS[0]})")
+    add("--profile", metavar="NAME|FILE", help="latency profile (default: the measured one of the model if there is one)")
+    add("--operator", metavar="NAME", help="LoRA operator for every policy (default: each policy's own)")
+    add("--gpus", type=count, default=1, metavar="N", help="replicas (default 1)")
+    add("--router", choices=sorted(ROUTERS), default="least-outstanding", help="which replica a request goes to")
+    add("--memory-share", type=positive, default=1.0, metavar="F", help="share of the memory pool to use (default 1)")
+    add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
+    add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
+    add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")
+    add("--no-prefix-cache", action="store_true", help="forget prefixes when their request ends")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="SLOs, e.g. ttft:200 tpot:50; fills request_goodput")
+    add("--per-adapter", action="store_true", help="a table by adapter as well")
+    add("--output", metavar="DIR", help="write requests, steps, summary and a Perfetto trace there")
+    add("--overwrite", action="store_true", help="replace results that --output finds there")
+    add("--plot", action="store_true", help=f"draw the comparison into DIR/{FIGURES}; needs --output")
+    add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr (default: on a terminal)")
+    add("--check-invariants", action="store_true", help="prove the books after every step (slower)")
+    add("--no-leap", action="store_true", help="decide and take every step singly; the same result, slower")
+    return parser
+
+
+def find_profile(name: str | None, model: str) -> Profile:
+    """The profile named, by file or by name; else the model's measured one, else its analytic one."""
+    if name is None:
+        found = sorted(PROFILES.glob(f"h200-{model}.json"))
+        return load_profile(found[0] if found else PROFILES / f"analytic-h200-{model}.json")
+    if name.endswith(".json") or "/" in name:
+        return load_profile(name)
+    known = sorted(path.stem for path in PROFILES.glob("*.json"))
+    if name not in known:
+        raise ProfileError(f"unknown profile {name!r}{near(name, known)}; known profiles are {', '.join(known)}")
+    return load_profile(PROFILES / f"{name}.json")
+
+
+def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """--policy-option by policy; one without a policy's name goes to the only policy."""
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        policy, dot, parameter = key.rpartition(".")
+        if not dot:
+            policy, parameter = names[0], key
+            if len(names) > 1:
+                raise PolicyError(f"--policy-option {pair}: with several policies say which, as in {names[0]}.{pair}")
+        if not equals or policy not in options:
+            raise PolicyError(f"--policy-option {pair!r}: expected POLICY.KEY=VALUE with a policy of {', '.join(names)}")
+        options[policy][parameter] = value
+    return options
+
+
+def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
+    """The simulator's configuration. Raises ValueError with the offending value."""
+    if args.gpus < 1 or args.page_tokens < 1:
+        raise ValueError("--gpus and --page-tokens must be at least 1")
+    if args.memory_share > 1:
+        raise ValueError(f"--memory-share {args.memory_share} is above 1")
+    if args.operator not in (None, "none"):
+        profile.named("lora", args.operator)
+    return SimConfig(
+        limits=Limits(args.max_batch, args.max_batch_tokens, profile.max_context), operator=args.operator,
+        page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
+        gpus=args.gpus, router=args.router, leap=not args.no_leap, keep_steps=args.output is not None,
+        check_invariants=args.check_invariants,
+    )  # fmt: skip
+
+
+def with_slo(trace: Trace, goodput: dict[str, float]) -> Trace:
+    """--goodput ttft:MS is also the deadline that admission control knows, unless the trace brings its own."""
+    if "ttft" not in goodput or trace.ttft_slo_ns is not None:
+        return trace
+    import numpy as np
+
+    return trace.with_(ttft_slo_ns=np.full(len(trace), round(goodput["ttft"] * 1e6), np.int64))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Everything between the command line and the exit code."""
+    began = time.perf_counter()
+    names = list(dict.fromkeys(name.strip() for name in args.policy.split(",") if name.strip()))
+    if not names:
+        raise PolicyError("--policy names no policy")
+    options = policy_options(names, args.policy_option)
+    policies = [make_policy(name, options[name]) for name in names]
+    if args.plot and not args.output:
+        raise ResultError("--plot needs --output DIR")
+    if args.output:
+        check_target(args.output, args.overwrite)
+    goodput = parse_goodput(args.goodput)
+    profile = find_profile(args.profile, args.model)
+    config = sim_config(args, profile)
+    trace = with_slo(load_trace(args, profile), goodput)
+    read = time.perf_counter()
+    results, replay_s = [], 0.0
+    for policy in policies:
+        with Progress(policy.name, len(trace), args.progress) as progress:
+            start = time.perf_counter()
+            results.append(simulate(trace, policy, profile, config, progress.update))
+            replay_s += time.perf_counter() - start
+    summaries = {result.policy: summarize(result, goodput) for result in results}
+    adapters = [adapter.name for adapter in trace.adapters]
+    if args.output:
+        write_results(args.output, results, summaries, adapters, args.overwrite)
+    sys.stdout.write(render_table(summaries))
+    if args.per_adapter:
+        for result in results:
+            sys.stdout.write("\n" + render_per_adapter(per_adapter(result, adapters), result.policy))
+    sys.stdout.flush()
+    if args.plot:
+        figures = Path(args.output) / FIGURES
+        subprocess.run([sys.executable, "-m", "analysis", "figures", "--in", args.output, "--out", figures], check=True)
+    print(f"read {read - began:.2f} s, replayed {replay_s:.2f} s, all {time.perf_counter() - began:.2f} s", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except (PlanError, InvariantError) as error:
+        print(f"{parser.prog}: invariant broken: {error}", file=sys.stderr)
+        return 3
+    except (TraceError, PolicyError, ProfileError, ResultError, ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
