@@ -118,7 +118,7 @@ class LoraPool:
         if fit is None:
             longest = max((length for _, length in self._free), default=0)
             raise LoraError(
-                f"no run of {padded} free rows in a pool of {self.rows} (longest {longest}); release adapters or enlarge it"
+                f"no run of {padded} free rows in a pool of {self.rows} (longest {longest}); release adapters or grow it"
             )
         first, length = self._free.pop(fit)
         if length > padded:
@@ -168,7 +168,7 @@ class LoraPool:
             for s, (a, b) in enumerate(pairs):
                 if a.shape[1] != p.d_in or tuple(b.shape) != (a.shape[0], p.widths[s]):
                     raise LoraError(
-                        f"{key} slice {s}: A {tuple(a.shape)}, B {tuple(b.shape)} must be [r, {p.d_in}], [r, {p.widths[s]}]"
+                        f"{key} slice {s}: A {tuple(a.shape)}, B {tuple(b.shape)} want [r, {p.d_in}], [r, {p.widths[s]}]"
                     )
         rows = self.reserve(slot, rank, scale)
         for name in self.projections:
@@ -188,7 +188,7 @@ class LoraBatch:
     without a branch last; routes[BM] int32 [tiles, ROUTE_FIELDS] for BM in TILE_ROWS: row tiles packed without gaps;
     state int32 [2]: tokens in use, merged slot.
     tokens, adapters (distinct groups of rows that get a branch) and rank (largest padded rank) choose the kernel form
-    and its grid; `fix()` pins them to capacities for a graph. host_index and segments are for operators that need lists.
+    and its grid; `fix()` pins them to capacities for a graph. host_index and segments serve operators that need lists.
     """
 
     def __init__(self, pool: LoraPool, max_tokens: int):
@@ -208,6 +208,14 @@ class LoraBatch:
         self.tokens, self.adapters, self.rank, self.merged = 0, 0, RANK_ALIGN, -1
         self.host_index = np.empty(0, np.int32)
         self._fixed: tuple[int, int, int] | None = None
+        self.plans: dict[tuple, object] = {}  # an operator's resolved launches by shape
+        self._workspaces: list[torch.Tensor] = []
+
+    def workspace(self, numel: int) -> torch.Tensor:
+        """float32 scratch of at least numel, shared by the operators of one stream, never freed: graphs hold its address."""
+        if not self._workspaces or self._workspaces[-1].numel() < numel:
+            self._workspaces.append(torch.empty(numel, dtype=torch.float32, device=self.pool.device))
+        return self._workspaces[-1]
 
     @staticmethod
     def tile_bound(tile_rows: int, tokens: int, groups: int) -> int:

@@ -1,0 +1,104 @@
+"""Sorts the rows of a step by adapter and packs them into row tiles, on the device, in one launch.
+
+Order within an adapter is kept (stable), tiles are packed without gaps, and all addresses are fixed, so the launch can be the first
+node of a CUDA graph. It knows slots and rows; it knows nothing of projections or of which kernel reads the tiles.
+"""
+
+from __future__ import annotations
+
+from kernels.target import INTERPRETED  # isort: skip  (before triton: it may choose the interpreter)
+
+import triton
+import triton.language as tl
+
+from kernels.batch import ROUTE_FIELDS, TILE_ROWS, LoraBatch
+
+CHUNK = 16 if INTERPRETED else 1024
+
+
+@triton.jit
+def _group(index, merged, slots):
+    """Group of a row: its slot; `slots` for a base row that owes m's branch (mixture); `slots` + 1 where there is nothing to add."""
+    base = tl.where(merged >= 0, slots, slots + 1)
+    group = tl.where((index >= 0) & (index < slots), index, base)
+    return tl.where((merged >= 0) & (index == merged), slots + 1, group)
+
+
+@triton.jit
+def _write_tiles(
+    route, capacity, counts, bins, group, first, rows, mine, fields, slots,
+    BM: tl.constexpr, MOST: tl.constexpr, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """This group's entries of the route list of tile height BM; the last group clears what lies behind the last tile."""
+    tiles = tl.where(bins <= slots, (counts + BM - 1) // BM, 0)
+    before = tl.sum(tl.where(bins < group, tiles, 0))
+    i = tl.arange(0, MOST)
+    live = mine & (i * BM < rows)
+    at = route + (before + i) * FIELDS
+    tl.store(at, first + i * BM, mask=live)
+    tl.store(at + 1, tl.minimum(rows - i * BM, BM), mask=live)
+    for f in tl.static_range(2, 8):
+        tl.store(at + f, fields[f - 2] + tl.zeros_like(i), mask=live)
+    if group == slots + 1:
+        for c in tl.static_range(0, 2):  # capacity is under MOST + slots + 1 tiles, and MOST >= slots + 2
+            j = before + c * MOST + i
+            tl.store(route + j * FIELDS + 1, tl.zeros_like(i), mask=j < capacity)
+
+
+@triton.jit
+def route_kernel(
+    state, index, perm, slot_offset, slot_rank, slot_scale, route0, route1, route2, route3, cap0, cap1, cap2, cap3, slots,
+    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, FIELDS: tl.constexpr,
+    BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
+    MOST0: tl.constexpr, MOST1: tl.constexpr, MOST2: tl.constexpr, MOST3: tl.constexpr,
+):  # fmt: skip
+    """One program a group of rows. Every program counts all rows (L2 holds them), then places its own.
+
+    Input read once per program: tokens x 4 bytes. `_group` numbers the groups; group slots + 1 gets no tile.
+    """
+    group = tl.program_id(0)
+    tokens = tl.load(state)
+    merged = tl.load(state + 1)
+    lane = tl.arange(0, CHUNK)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros([BINS], tl.int32)
+    for c in range(CHUNKS):
+        row = c * CHUNK + lane
+        g = _group(tl.load(index + row, mask=row < tokens, other=-1), merged, slots)
+        counts += tl.histogram(tl.where(row < tokens, g, BINS - 1), BINS)
+    counts = tl.where(bins <= slots + 1, counts, 0)
+    first = tl.sum(tl.where(bins < group, counts, 0))
+    rows = tl.sum(tl.where(bins == group, counts, 0))
+    running = first
+    for c in range(CHUNKS):
+        row = c * CHUNK + lane
+        g = _group(tl.load(index + row, mask=row < tokens, other=-1), merged, slots)
+        hit = ((g == group) & (row < tokens)).to(tl.int32)
+        tl.store(perm + running + tl.cumsum(hit) - 1, row, mask=hit > 0)
+        running += tl.sum(hit)
+    own = group < slots
+    offset = tl.load(slot_offset + group, mask=own, other=0)
+    rank = tl.load(slot_rank + group, mask=own, other=0)
+    scale = tl.load(slot_scale + group, mask=own, other=0.0).to(tl.int32, bitcast=True)
+    m_offset = tl.load(slot_offset + merged, mask=merged >= 0, other=0)
+    m_rank = tl.load(slot_rank + merged, mask=merged >= 0, other=0)
+    m_scale = (-tl.load(slot_scale + merged, mask=merged >= 0, other=0.0)).to(tl.int32, bitcast=True)
+    fields = (offset, rank, scale, m_offset, m_rank, m_scale)
+    mine = group <= slots
+    _write_tiles(route0, cap0, counts, bins, group, first, rows, mine, fields, slots, BM0, MOST0, FIELDS)
+    _write_tiles(route1, cap1, counts, bins, group, first, rows, mine, fields, slots, BM1, MOST1, FIELDS)
+    _write_tiles(route2, cap2, counts, bins, group, first, rows, mine, fields, slots, BM2, MOST2, FIELDS)
+    _write_tiles(route3, cap3, counts, bins, group, first, rows, mine, fields, slots, BM3, MOST3, FIELDS)
+
+
+def build_routes(batch: LoraBatch) -> None:
+    """Fill batch.perm and batch.routes from batch.index, batch.state and the pool's slot table. One launch, no synchronisation."""
+    pool = batch.pool
+    bins = triton.next_power_of_2(pool.slots + 3)  # one spare bin for lanes behind the last row
+    most = [max(triton.next_power_of_2(-(-batch.max_tokens // rows)), triton.next_power_of_2(pool.slots + 2)) for rows in TILE_ROWS]
+    route_kernel[(pool.slots + 2,)](
+        batch.state, batch.index, batch.perm, pool.offset, pool.rank, pool.scale,
+        *(batch.routes[rows] for rows in TILE_ROWS), *(len(batch.routes[rows]) for rows in TILE_ROWS), pool.slots,
+        CHUNKS=-(-batch.max_tokens // CHUNK), CHUNK=CHUNK, BINS=bins, FIELDS=ROUTE_FIELDS,
+        **{f"BM{i}": rows for i, rows in enumerate(TILE_ROWS)}, **{f"MOST{i}": tiles for i, tiles in enumerate(most)},
+    )  # fmt: skip

@@ -1,0 +1,127 @@
+"""Which tiling an operator call uses: a table tuned per device, and a sound default where there is none.
+
+The key is (projection, rank, tokens, adapters): adapters and rows per adapter decide where the time goes, which no other shipped
+table sees. Lookup is a nearest neighbour in log2 space, remembered, so one dictionary access a call. It knows no kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from math import log2
+from pathlib import Path
+
+from kernels.batch import TILE_ROWS, LoraError
+from kernels.target import device_name
+
+FOLDER = Path(__file__).parent / "tiles"
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One way to run the branch.
+
+    form "two": shrink (rows x rank tiles, k_block columns of x a step, the sum over d_in split into `split` planes), then
+    expand (expand_rows x n_block tiles, `span` of them a program). form "one": both in one program a row tile of `rows`, whose
+    output columns `span` programs share; split and expand_rows are then not used.
+    """
+
+    form: str = "two"
+    rows: int = 16
+    k_block: int = 256
+    split: int = 16
+    warps: int = 4
+    stages: int = 3
+    expand_rows: int = 16
+    n_block: int = 128
+    span: int = 1
+    expand_warps: int = 4
+    expand_stages: int = 3
+
+    def __post_init__(self):
+        if self.form not in ("one", "two"):
+            raise LoraError(f"form {self.form!r} must be 'one' or 'two'")
+        if self.rows not in TILE_ROWS or self.expand_rows not in TILE_ROWS:
+            raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be among {TILE_ROWS}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides the tiling: one projection's sizes, the padded rank, and the step's tokens and active adapters."""
+
+    d_in: int
+    widths: tuple[int, ...]
+    rank: int
+    tokens: int
+    adapters: int
+
+    def distance(self, other: Shape) -> float:
+        """Log2 distance; a change of widths or of slices weighs more than one of tokens, rank most (tiles are cut for it)."""
+        mine, theirs = sum(self.widths), sum(other.widths)
+        return (
+            4 * abs(log2(self.rank / other.rank))
+            + abs(log2(self.tokens / other.tokens))
+            + abs(log2(self.tokens * other.adapters / (other.tokens * self.adapters))) / 2
+            + 2 * abs(log2(self.d_in / other.d_in))
+            + abs(log2(mine / theirs))
+            + 2 * abs(len(self.widths) - len(other.widths))
+        )
+
+
+def default(shape: Shape) -> Tiling:
+    """A tiling that is right and sound on any device: small tiles and a wide split for few rows, long tiles for many."""
+    rows_per_adapter = shape.tokens / max(shape.adapters, 1)
+    k_block = max(32, min(256, 16384 // shape.rank))
+    if rows_per_adapter <= 32 or shape.tokens <= 256:
+        rows = 16 if rows_per_adapter <= 16 else 32
+        split = max(1, min(16, -(-shape.d_in // k_block)))
+        return Tiling(rows=rows, expand_rows=rows, k_block=k_block, split=split, n_block=128)
+    rows = 64 if shape.rank <= 128 else 32
+    split = 1 if shape.tokens >= 4096 else 4
+    return Tiling(rows=rows, expand_rows=rows, k_block=min(64, k_block), split=split, n_block=128, stages=4)
+
+
+def load(path: Path) -> dict[Shape, Tiling]:
+    """The entries of a table file. LoraError naming the file and entry if it is not one."""
+    try:
+        entries = json.loads(path.read_text())["entries"]
+        known = {f.name for f in fields(Tiling)}
+        table = {}
+        for i, entry in enumerate(entries):
+            unknown = set(entry["tiling"]) - known
+            if unknown:
+                raise LoraError(f"{path}: entry {i}: unknown tiling field {sorted(unknown)}; run `python -m kernels tune`")
+            shape = Shape(*(tuple(entry[k]) if k == "widths" else entry[k] for k in (f.name for f in fields(Shape))))
+            table[shape] = Tiling(**entry["tiling"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise error if isinstance(error, LoraError) else LoraError(f"{path}: {error}; run `python -m kernels tune`") from error
+    return table
+
+
+@cache
+def table(device: str) -> dict[Shape, Tiling]:
+    """The tuned table of a device; empty, with a word on stderr, where none was tuned."""
+    path = FOLDER / f"{device}.json"
+    if path.exists():
+        return load(path)
+    if device != "interpreter":
+        print(f"kernels: no tuned tiles for {device}; using defaults. `python -m kernels tune` writes {path.name}", file=sys.stderr)
+    return {}
+
+
+@cache
+def lookup(shape: Shape) -> Tiling:
+    """The tiling of the nearest tuned shape on this device, or the default. Deterministic: ties go to the first entry."""
+    entries = table(device_name())
+    near = min(entries, key=shape.distance, default=None)
+    if near is None or near.rank < shape.rank:  # a tile cut for a smaller rank may not fit
+        fitting = [s for s in entries if s.rank >= shape.rank]
+        near = min(fitting, key=shape.distance, default=None)
+    return entries[near] if near else default(shape)
+
+
+def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:
+    """One row of a table file; us: measured microseconds a call."""
+    return asdict(shape) | {"us": round(us, 3), "tiling": asdict(tiling)}

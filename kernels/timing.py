@@ -1,0 +1,147 @@
+"""Measures one operator call as a layer would pay for it: CUDA-graph replay with weights cold in L2.
+
+A graph holds many calls over rotating layers of factors, together at least twice the L2, so that A and B come from memory at every
+call; x and y are the same at every call, so they stay in L2 where they fit, as between the kernels of a layer. The figure is the
+median of the replays divided by the calls. It knows operators only as functions `op(y, x, pool, batch, key)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+
+import numpy as np
+import torch
+
+from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
+
+COPY_TB_S = 4.3
+MATMUL_TFLOP_S = 790.0
+COLD_BYTES = 128 << 20
+SKEWS = ("uniform", "skew60", "short")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place of the grid: a projection, and a step's tokens, adapters (all of one rank) and how rows fall to adapters.
+
+    skew: uniform (equal shares, rows grouped by adapter), skew60 (the first adapter has 60 % of the rows), short (runs of
+    16 rows, adapters in turn, so that the rows of one adapter lie apart).
+    """
+
+    phase: str
+    d_in: int
+    widths: tuple[int, ...]
+    tokens: int
+    adapters: int
+    rank: int
+    skew: str = "uniform"
+
+    @property
+    def floor_us(self) -> float:
+        """max(bytes / 4.3 TB/s, flops / 790 TFLOP/s): x, A, B read once, y read and written once, 16 bit."""
+        slices, d_out = len(self.widths), sum(self.widths)
+        factors = self.adapters * self.rank * (slices * self.d_in + d_out)
+        moved = 2 * (self.tokens * (self.d_in + 2 * d_out) + factors)
+        flops = 2 * self.tokens * self.rank * (slices * self.d_in + d_out)
+        return max(moved / COPY_TB_S, flops / MATMUL_TFLOP_S) / 1e6
+
+    def index(self) -> np.ndarray:
+        """Adapter of every row, int32 [tokens]."""
+        t, n = self.tokens, self.adapters
+        if self.skew == "short":
+            return (np.arange(t) // 16 % n).astype(np.int32)
+        if self.skew == "uniform" or n == 1:
+            return np.sort(np.arange(t) % n).astype(np.int32)
+        if self.skew == "skew60":
+            head = t - max(n - 1, round(0.4 * t))
+            return np.concatenate([np.zeros(head), np.sort(np.arange(t - head) % (n - 1)) + 1]).astype(np.int32)
+        raise LoraError(f"skew {self.skew!r} must be one of {SKEWS}")
+
+
+class World:
+    """The tensors of one point, random, on the GPU: a pool with enough layers to be cold, a batch, x and y."""
+
+    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+        self.point = point
+        projection = Projection(point.d_in, point.widths)
+        factor_bytes = 2 * point.adapters * point.rank * (projection.slices * point.d_in + projection.d_out)
+        self.layers = max(2, -(-COLD_BYTES // factor_bytes))
+        rows = point.adapters * -(-point.rank // 16) * 16
+        self.pool = LoraPool(
+            {"p": projection}, layers=self.layers, slots=point.adapters, rows=rows, dtype=dtype, device="cuda"
+        )
+        random = torch.Generator("cuda").manual_seed(seed)
+        self.pool.a["p"].normal_(0, projection.d_in**-0.5, generator=random)
+        self.pool.b["p"].normal_(0, point.rank**-0.5, generator=random)
+        for slot in range(point.adapters):
+            self.pool.reserve(slot, point.rank, scale=0.5)
+        self.batch = LoraBatch(self.pool, point.tokens)
+        self.batch.update(point.index())
+        self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device="cuda").normal_(generator=random)
+        self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device="cuda").normal_(generator=random)
+
+    @cached_property
+    def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y before, y after one call with layer 0 in float32)."""
+        from kernels.reference import reference
+
+        before = self.y.clone()
+        return before, reference(before, self.x, self.pool, self.batch, (0, "p"))
+
+    def error(self, op: Callable) -> float:
+        """Relative error of one call against float32, on fresh y."""
+        from kernels.reference import relative_error
+
+        before, after = self.truth
+        y = before.clone()
+        op(y, self.x, self.pool, self.batch, (0, "p"))
+        return relative_error(y, after)
+
+    def graph_us(self, op: Callable, *, replays: int = 7, target_us: float = 1500.0) -> float:
+        """Median microseconds a call by graph replay; the graph lasts about target_us, and each layer occurs equally often."""
+        self.y.normal_()
+
+        def calls(count: int) -> torch.cuda.CUDAGraph:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for i in range(count):
+                    op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
+            return graph
+
+        op(self.y, self.x, self.pool, self.batch, (0, "p"))
+        guess = max(3.0, 1.5 * self.point.floor_us)
+        rounds = max(1, min(round(target_us / guess / self.layers), 512 // self.layers or 1))
+        count = rounds * self.layers
+        graph = calls(count)
+        graph.replay()
+        return median(_events_us(graph.replay, replays)) / count
+
+    def host_us(self, op: Callable, calls: int = 200) -> float:
+        """CPU microseconds to issue one call outside a graph."""
+        from time import perf_counter
+
+        for i in range(20):
+            op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
+        torch.cuda.synchronize()
+        spans = []
+        for _ in range(calls // 20):  # short bursts: a full launch queue would make the host wait for the GPU
+            start = perf_counter()
+            for i in range(20):
+                op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
+            spans.append((perf_counter() - start) / 20 * 1e6)
+            torch.cuda.synchronize()
+        return median(spans)
+
+
+def _events_us(run: Callable, times: int) -> list[float]:
+    """GPU microseconds of each of `times` runs."""
+    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    for start, stop in pairs:
+        start.record()
+        run()
+        stop.record()
+    torch.cuda.synchronize()
+    return [1e3 * start.elapsed_time(stop) for start, stop in pairs]
