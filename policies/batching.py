@@ -24,6 +24,11 @@ class Batch:
     out. on_demand: load the adapter of a request when `add` reaches it.
     """
 
+    __slots__ = (
+        "_needed", "_promised", "aborts", "decodes", "evicts", "free", "loads", "merged", "mode", "on_demand",
+        "prefills", "preempts", "slots", "tokens", "view",
+    )  # fmt: skip
+
     def __init__(self, view: View, decodes: tuple[int, ...], mode: int = UNMERGED, merged: int = -1, *, on_demand: bool = True):
         self.view = view
         self.mode = mode
@@ -185,6 +190,17 @@ def starving(view: View, patience_ns: int) -> tuple[list[Entry], int | None]:
                 if ordered:
                     break
     return found, next_ns
+
+
+def most_common(view: View) -> int:
+    """The adapter that most unfinished requests ask for; among equals the folded one, then the lowest. -1 if none do."""
+    best, most = -1, 0
+    for adapter, count in view.unfinished.items():
+        if adapter >= 0 and count >= most:
+            if count > most or adapter == view.merged or (best != view.merged and adapter < best):
+                best = adapter
+            most = count
+    return best
 
 
 def by_urgency(view: View, urgent: Iterable[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:

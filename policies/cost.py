@@ -93,13 +93,16 @@ class Cost:
                     rank: {n: self._curve(f"lora {phase}", points) for n, points in sorted(by_adapters.items())}
                     for rank, by_adapters in sorted(table.items())
                 }
+        self._padded = profile.pads(operator)
         self._host_ps = round(profile.host_step_us * PS_PER_US)
         self._host_request_ps = round(profile.host_request_us * PS_PER_US)
         # Batches repeat; memory stays bounded whatever the trace.
         self.linear_ps = lru_cache(65_536)(lambda tokens: round(self._linear(tokens)))
+        self.output_ps = lru_cache(4_096)(lambda rows: round(self._output(rows)))
         self.lora_ps = lru_cache(65_536)(self._lora_ps)
         self.prefill_attention_ps = lru_cache(65_536)(self._prefill_attention_ps)
         self.segments = lru_cache(4_096)(self._segments)
+        self._decode = lru_cache(65_536)(self._decode_fixed)
 
     def _curve(self, name: str, points: list[tuple[float, float]]) -> Curve:
         return Curve(points, name, self.outside)
@@ -160,25 +163,34 @@ class Cost:
 
     # -- a step -----------------------------------------------------------------------------------------------------
     def fixed(self, work: Work) -> tuple[int, int, int, int, int, int]:
-        """(linear, prefill attention, vision, lora, host, switch) of the first step, in ps: all but the decodes' attention."""
-        linear = self.linear_ps(work.decodes + work.prefill_tokens) + round(self._output(work.outputs))
-        attention = vision = switch = lora = 0
-        phase = "decode"
-        if work.prefills:
-            phase = "prefill"
-            for tokens, context in work.prefills:
-                attention += self.prefill_attention_ps(tokens, context)
-            if work.images:
-                vision = round(self._vision(work.images))
-        if work.lora_tokens:
-            # Padded operators pay for the largest rank of the batch; the others for the mean.
-            padded = self.profile.pads(self.operator)
-            rank = work.rank if padded else work.lora_ranks / work.adapters
-            lora = self.lora_ps(work.lora_tokens, work.adapters, rank, phase)
-        if work.switch_rank:
-            switch = round(self._switch(work.switch_rank))
-        host = self._host_ps + self._host_request_ps * (work.decodes + len(work.prefills))
-        return linear, attention, vision, lora, host, switch
+        """(linear, prefill attention, vision, lora, host, switch) of the first step in ps: all but the decodes' attention."""
+        if not work.prefills and not work.switch_rank:
+            return self._decode(work.decodes, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.outputs)
+        attention = vision = 0
+        for tokens, context in work.prefills:
+            attention += self.prefill_attention_ps(tokens, context)
+        if work.images:
+            vision = round(self._vision(work.images))
+        return (
+            self.linear_ps(work.decodes + work.prefill_tokens) + self.output_ps(work.outputs),
+            attention,
+            vision,
+            self._branch_ps(work.lora_tokens, work.adapters, work.rank, work.lora_ranks, bool(work.prefills)),
+            self._host_ps + self._host_request_ps * (work.decodes + len(work.prefills)),
+            round(self._switch(work.switch_rank)) if work.switch_rank else 0,
+        )
+
+    def _decode_fixed(self, decodes: int, lora_tokens: int, adapters: int, rank: int, ranks: int, outputs: int):
+        """`fixed` of a step without prefill and switch; such steps repeat, so it is worth remembering."""
+        linear = self.linear_ps(decodes) + self.output_ps(outputs)
+        lora = self._branch_ps(lora_tokens, adapters, rank, ranks, False)
+        return linear, 0, 0, lora, self._host_ps + self._host_request_ps * decodes, 0
+
+    def _branch_ps(self, rows: int, adapters: int, rank: int, ranks: int, prefill: bool) -> int:
+        """The LoRA branch of `rows` rows. Padded operators pay for the largest rank of a batch, the others for the mean."""
+        if not rows:
+            return 0
+        return self.lora_ps(rows, adapters, rank if self._padded else ranks / adapters, "prefill" if prefill else "decode")
 
     # -- what policies ask --------------------------------------------------------------------------------------------
     def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE) -> int:

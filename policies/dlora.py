@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from policies.batching import Batch, by_urgency, starving
+from policies.batching import Batch, by_urgency, most_common, starving
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import View
 
@@ -43,8 +43,8 @@ class DLora:
     def decide(self, view: View) -> Plan:
         """One iteration of the credit-based batching."""
         thresholds = view.memo or Thresholds(self.merge_right, self.merge_left)
-        fcfs = min(view.limits.max_batch, sum(view.unfinished.values()))
-        most = max(view.unfinished, key=lambda m: (m >= 0, view.unfinished[m], m == view.merged, -m), default=-1)
+        fcfs = min(view.limits.max_batch, view.total)
+        most = most_common(view)
         count = min(view.unfinished.get(most, 0), view.limits.max_batch)
         waited_long, until_ns = starving(view, int(self.credit_s * 1e9))
         urgent = [entry for entry in waited_long if entry.adapter != most]

@@ -262,35 +262,37 @@ class Ledger:
 
     def _work(self, plan: Plan, chunks: tuple[tuple[int, int], ...], images: int, switch_rank: int) -> Work:
         cohort = self.cohort
-        decodes = len(cohort.members)
+        decodes = outputs = len(cohort.members)
         prefill_tokens = 0
-        tokens = cohort.adapters
-        outputs = decodes
+        rows = cohort.adapters  # adapter -> rows of the step
         if chunks:
-            tokens = dict(tokens)
+            rows = dict(rows)
             for request, chunk in plan.prefills:
                 entry = self.entries[request]
                 prefill_tokens += chunk
-                tokens[entry.adapter] = tokens.get(entry.adapter, 0) + chunk
+                rows[entry.adapter] = rows.get(entry.adapter, 0) + chunk
                 outputs += entry.kv + chunk == entry.target and not entry.head
-        lora_tokens = rank = ranks = distinct = 0
-        if plan.mode in (UNMERGED, MIXTURE):
-            adapters, merged = self.pool.adapters, plan.merged
-            for adapter, rows in tokens.items():
-                if adapter >= 0 and adapter != merged:
-                    distinct += 1
-                    lora_tokens += rows
-                    ranks += adapters[adapter].rank
-                    rank = max(rank, adapters[adapter].rank)
-            if plan.mode == MIXTURE:
-                cold = lora_tokens + tokens.get(-1, 0)
-                if cold:  # minus the folded adapter's branch, for every row that is not its own
-                    lora_tokens += cold
-                    distinct += 1
-                    ranks += adapters[merged].rank
-                    rank = max(rank, adapters[merged].rank)
-        return Work(plan.mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_tokens, distinct,
+        lora_rows = adapters = rank = ranks = 0
+        if plan.mode == UNMERGED or plan.mode == MIXTURE:
+            lora_rows, adapters, rank, ranks = self._branches(rows, decodes + prefill_tokens, plan.merged)
+        return Work(plan.mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_rows, adapters,
                     rank, ranks, switch_rank, outputs)
+
+    def _branches(self, rows: dict[int, int], total: int, merged: int) -> tuple[int, int, int, int]:
+        """(rows through the LoRA branch, distinct adapters, largest rank, sum of ranks). In mixture mode a row that does
+        not ask for the folded adapter goes through that one's branch too, to take it out."""
+        cold = total - rows.get(merged, 0) if merged >= 0 else 0
+        lora_rows = total - rows.get(-1, 0) - (rows.get(merged, 0) if merged >= 0 else 0) + cold
+        used = [adapter for adapter in rows if adapter >= 0 and adapter != merged]
+        if cold:
+            used.append(merged)
+        if not used:
+            return 0, 0, 0, 0
+        if self.pool.uniform_rank:
+            rank = self.pool.uniform_rank
+            return lora_rows, len(used), rank, rank * len(used)
+        ranks = [self.pool.adapters[adapter].rank for adapter in used]
+        return lora_rows, len(used), max(ranks), sum(ranks)
 
     # -- transitions ----------------------------------------------------------------------------------------------------
     def _unqueue(self, entry: Entry) -> None:

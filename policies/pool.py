@@ -41,6 +41,8 @@ class Pool:
         self.page_tokens = page_tokens
         self.adapters = adapters
         self.adapter_pages = adapter_pages
+        ranks = {adapter.rank for adapter in adapters}
+        self.uniform_rank = ranks.pop() if len(ranks) == 1 else 0
         self.prefix_cache = prefix_cache
         self.unused = pages  # held by nobody
         self.kv = 0  # held by running requests alone

@@ -34,7 +34,7 @@ def judge(ledger: Ledger, plan: Plan) -> None:
         raise PlanError(f"{len(plan.decodes)} decodes and {len(plan.prefills)} prefills exceed max_batch {limits.max_batch}")
     if tokens > limits.max_batch_tokens:
         raise PlanError(f"{tokens} tokens in one step exceed max_batch_tokens {limits.max_batch_tokens}")
-    free = pool.free
+    free = pool.unused + pool.reclaimable
     if len(plan.decodes) + pages > free or plan.loads:
         need = pages + ledger.next_pages(plan.decodes) + sum(pool.adapter_pages[adapter] for adapter in plan.loads)
         free += sum(pool.adapter_pages[adapter] for adapter in plan.evicts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.batching import Batch, by_urgency, prefetch, starving
+from policies.batching import Batch, by_urgency, most_common, prefetch, starving
 from policies.plan import MERGED, MIXTURE, Plan
 from policies.view import DECODING, View
 
@@ -35,7 +35,9 @@ class Valora:
     def decide(self, view: View) -> Plan:
         """Algorithm 1."""
         half = view.limits.max_batch / 2
-        most = max(view.unfinished, key=lambda m: (m >= 0, view.unfinished[m], m == view.merged, -m), default=-1)
+        if view.total <= half:
+            return self._unmerged(view)
+        most = most_common(view)
         if most < 0 or view.unfinished[most] <= half or not view.is_resident(most):
             return self._unmerged(view)
         waited_long, until_ns = starving(view, self._patience_ns(view))

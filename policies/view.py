@@ -179,6 +179,11 @@ class View:
         """adapter -> unfinished requests, for the adapters that have any (-1: the base model)."""
         return self._ledger.unfinished
 
+    @property
+    def total(self) -> int:
+        """Unfinished requests."""
+        return len(self._ledger.entries)
+
     def output_tokens(self, request: int) -> int:
         """The true output length; only for an oracle. Raises PermissionError for any other policy."""
         if not self._oracle:
