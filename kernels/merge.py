@@ -14,6 +14,8 @@ It knows nothing of models, layers or requests: it sees a list of matrices and, 
 
 from __future__ import annotations
 
+import kernels.target  # isort: skip  # noqa: F401  (before triton: it may choose the interpreter)
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,13 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.batch import Key, LoraPool
+
 NO_SLOT = -1
 """The slot that stands for the plain weights."""
 
 MAX_RANK = 256
 FORMS = ("golden", "in_place")
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-VECTOR = 16  # elements: rows then start on 16-byte (32 for two-byte types: one DRAM sector) boundaries
+VECTOR = 8  # elements: rows of any supported type then start on 16-byte boundaries
 
 
 class SwitchError(ValueError):
@@ -36,7 +40,10 @@ class SwitchError(ValueError):
 
 
 class Factors(NamedTuple):
-    """The LoRA factors of one matrix: delta = scale * b^T a, with a [rank, d_in] and b [rank, d_out], row-major."""
+    """The LoRA factors of one matrix: delta = scale * b^T a, with a [rank, d_in] and b [rank, d_out].
+
+    Their rows are contiguous and may lie apart, as in the views of a pool (`pool_factors`).
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -64,9 +71,15 @@ TILES = {
 """Padded rank (of both adapters together where one is subtracted) -> tile."""
 
 
+@triton.jit
+def _strides(strides_ptr, pair):
+    """Row strides of a and b."""
+    return tl.multiple_of(tl.load(strides_ptr + pair * 2), 8), tl.multiple_of(tl.load(strides_ptr + pair * 2 + 1), 8)
+
+
 @triton.jit(do_not_specialize=["entries", "plus", "minus"])
-def _switch_kernel(  # noqa: PLR0917
-    weights_ptr, shapes_ptr, factors_ptr, ranks_ptr, scales_ptr, items_ptr, entries, plus, minus,
+def switch_kernel(  # noqa: PLR0917
+    weights_ptr, shapes_ptr, factors_ptr, strides_ptr, ranks_ptr, scales_ptr, items_ptr, entries, plus, minus,
     DTYPE: tl.constexpr, GOLDEN: tl.constexpr, PLUS: tl.constexpr, MINUS: tl.constexpr, RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
 ):
@@ -83,8 +96,8 @@ def _switch_kernel(  # noqa: PLR0917
         rank_minus = tl.load(ranks_ptr + minus * entries + entry)
     if rank_plus + rank_minus == 0:  # neither adapter touches this matrix: it already is what it shall be
         return
-    d_out = tl.multiple_of(tl.load(shapes_ptr + entry * 2), 16)  # unless this is known, no load is a vector
-    d_in = tl.multiple_of(tl.load(shapes_ptr + entry * 2 + 1), 16)
+    d_out = tl.multiple_of(tl.load(shapes_ptr + entry * 2), 8)  # unless this is known, no load is a vector
+    d_in = tl.multiple_of(tl.load(shapes_ptr + entry * 2 + 1), 8)
     weight = tl.multiple_of(tl.load(weights_ptr + entry * 2).to(tl.pointer_type(DTYPE)), 16)
     source = weight
     if GOLDEN:
@@ -97,16 +110,18 @@ def _switch_kernel(  # noqa: PLR0917
         pair = factors_ptr + (plus * entries + entry) * 2
         a_plus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
         b_plus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
+        stride_a_plus, stride_b_plus = _strides(strides_ptr, plus * entries + entry)
         scale_plus = tl.load(scales_ptr + plus * entries + entry)
         inside = (ks[:, None] < rank_plus) & (rows[None, :] < d_out)
-        b_plus_t = tl.trans(tl.load(b_plus + ks[:, None] * d_out + rows[None, :], mask=inside, other=0.0))
+        b_plus_t = tl.trans(tl.load(b_plus + ks[:, None] * stride_b_plus + rows[None, :], mask=inside, other=0.0))
     if MINUS and not GOLDEN:
         pair = factors_ptr + (minus * entries + entry) * 2
         a_minus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
         b_minus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
+        stride_a_minus, stride_b_minus = _strides(strides_ptr, minus * entries + entry)
         scale_minus = tl.load(scales_ptr + minus * entries + entry)
         inside = (ks[:, None] < rank_minus) & (rows[None, :] < d_out)
-        b_minus_t = tl.trans(tl.load(b_minus + ks[:, None] * d_out + rows[None, :], mask=inside, other=0.0))
+        b_minus_t = tl.trans(tl.load(b_minus + ks[:, None] * stride_b_minus + rows[None, :], mask=inside, other=0.0))
 
     for step in tl.range(STEPS, num_stages=STAGES):
         columns = column + step * COLUMNS + tl.arange(0, COLUMNS)
@@ -116,11 +131,11 @@ def _switch_kernel(  # noqa: PLR0917
         total = tl.load(source + here, mask=tile, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if PLUS:
             mask = (ks[:, None] < rank_plus) & within
-            a = tl.load(a_plus + ks[:, None] * d_in + columns[None, :], mask=mask, other=0.0)
+            a = tl.load(a_plus + ks[:, None] * stride_a_plus + columns[None, :], mask=mask, other=0.0)
             total += scale_plus * tl.dot(b_plus_t, a, input_precision="ieee")
         if MINUS and not GOLDEN:
             mask = (ks[:, None] < rank_minus) & within
-            a = tl.load(a_minus + ks[:, None] * d_in + columns[None, :], mask=mask, other=0.0)
+            a = tl.load(a_minus + ks[:, None] * stride_a_minus + columns[None, :], mask=mask, other=0.0)
             total -= scale_minus * tl.dot(b_minus_t, a, input_precision="ieee")
         tl.store(weight + here, total.to(DTYPE), mask=tile, eviction_policy="evict_first")
 
@@ -156,6 +171,7 @@ class WeightSwitch:
         self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._shapes = torch.tensor([list(w.shape) for w in self.weights], dtype=torch.int32, device=device)
         self._factors = torch.zeros((slots, entries, 2), dtype=torch.int64, device=device)
+        self._strides = torch.zeros((slots, entries, 2), dtype=torch.int32, device=device)
         self._ranks = torch.zeros((slots, entries), dtype=torch.int32, device=device)
         self._scales = torch.zeros((slots, entries), dtype=torch.float32, device=device)
         self._kept: dict[int, list[Factors | None]] = {}
@@ -178,6 +194,8 @@ class WeightSwitch:
         self._kept[slot] = list(factors)
         rows = [(f.a.data_ptr(), f.b.data_ptr()) if f is not None else (0, 0) for f in factors]
         self._factors[slot].copy_(torch.tensor(rows, dtype=torch.int64))
+        strides = [(f.a.stride(0), f.b.stride(0)) if f is not None else (0, 0) for f in factors]
+        self._strides[slot].copy_(torch.tensor(strides, dtype=torch.int32))
         ranks = [f.a.shape[0] if f is not None else 0 for f in factors]
         self._ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32))
         self._scales[slot].copy_(torch.tensor([f.scale if f is not None else 0.0 for f in factors]))
@@ -190,7 +208,7 @@ class WeightSwitch:
                 raise SwitchError(f"slot {slot} holds no adapter; register one first")
         if slot == self.merged:
             return
-        self._launch(plus=slot, minus=self.merged, tile=self.tile(slot, self.merged))
+        self.launch(slot, self.merged, self.tile(slot, self.merged))
         self.merged = slot
 
     def tile(self, plus: int, minus: int) -> Tile:
@@ -211,17 +229,25 @@ class WeightSwitch:
                 total += sum(pair.a.nbytes + pair.b.nbytes for pair in read if pair is not None)
         return total
 
-    def _launch(self, *, plus: int, minus: int, tile: Tile) -> None:
+    def launch(self, plus: int, minus: int, tile: Tile) -> None:
+        """Run the change from slot `minus` to slot `plus` with `tile`; `to` does it with the right ones."""
+        grid, args, options = self.arguments(plus, minus, tile)
+        with torch.cuda.device_of(args[0]):
+            switch_kernel[grid](*args, **options)
+
+    def arguments(self, plus: int, minus: int, tile: Tile) -> tuple[tuple[int], tuple, dict]:
+        """Grid, arguments and options of the launch that `launch` makes."""
         items = self._items.get(tile)
         if items is None:
             items = self._items[tile] = _strips(self.weights, tile).to(self.weights[0].device)
-        with torch.cuda.device_of(items):
-            _switch_kernel[(len(items),)](
-                self._addresses, self._shapes, self._factors, self._ranks, self._scales, items, len(self.weights),
-                plus, minus, DTYPE=TRITON_TYPES[self.weights[0].dtype], GOLDEN=self.form == "golden",
-                PLUS=plus != NO_SLOT, MINUS=minus != NO_SLOT, RANK=self._padded_rank(plus, minus), ROWS=tile.rows,
-                COLUMNS=tile.columns, STEPS=tile.steps, STAGES=tile.stages, num_warps=tile.warps,
-            )
+        args = (self._addresses, self._shapes, self._factors, self._strides, self._ranks, self._scales, items,
+                len(self.weights), plus, minus)
+        options = {
+            "DTYPE": TRITON_TYPES[self.weights[0].dtype], "GOLDEN": self.form == "golden", "PLUS": plus != NO_SLOT,
+            "MINUS": minus != NO_SLOT, "RANK": self._padded_rank(plus, minus), "ROWS": tile.rows,
+            "COLUMNS": tile.columns, "STEPS": tile.steps, "STAGES": tile.stages, "num_warps": tile.warps,
+        }
+        return (len(items),), args, options
 
     def _padded_rank(self, plus: int, minus: int) -> int:
         used = (plus, minus) if self.form == "in_place" else (plus,)
@@ -255,14 +281,26 @@ class WeightSwitch:
                                   f"{tuple(g.shape)} or the weight itself")
 
 
+def pool_factors(pool: LoraPool, slot: int, keys: Sequence[Key]) -> list[Factors]:
+    """The adapter in `slot` of the pool as `WeightSwitch.register` takes it: for each key, one pair a slice of it.
+
+    The weights of a fused projection are then one matrix a slice (its rows of the fused weight), in the same order.
+    """
+    rank, scale = pool.true_ranks[slot], pool.scales[slot]
+    return [
+        Factors(a[:rank], b[:rank], scale) for key in keys for a, b in zip(*pool.views(slot, key), strict=True)
+    ]
+
+
 def _check_factors(slot: int, entry: int, weight: torch.Tensor, pair: Factors) -> None:
     rank = pair.a.shape[0]
     if not 1 <= rank <= MAX_RANK:
         raise SwitchError(f"slot {slot}, matrix {entry}: rank {rank} is outside 1..{MAX_RANK}")
     for name, tensor, shape in (("a", pair.a, (rank, weight.shape[1])), ("b", pair.b, (rank, weight.shape[0]))):
-        if tuple(tensor.shape) != shape or not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        aligned = tensor.stride(-1) == 1 and tensor.stride(0) % VECTOR == 0 and tensor.data_ptr() % 16 == 0
+        if tuple(tensor.shape) != shape or not aligned:
             raise SwitchError(f"slot {slot}, matrix {entry}: {name} has shape {tuple(tensor.shape)}, strides "
-                              f"{tensor.stride()}; it must be {shape}, contiguous, on a 16-byte boundary")
+                              f"{tensor.stride()}; it must be {shape} with contiguous rows on 16-byte boundaries")
         if tensor.dtype != weight.dtype or tensor.device != weight.device:
             raise SwitchError(f"slot {slot}, matrix {entry}: {name} is {tensor.dtype} on {tensor.device}, the weights "
                               f"are {weight.dtype} on {weight.device}; convert it first")

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from kernels import merge
-from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch
+from kernels.batch import LoraPool, Projection
+from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch, pool_factors
 
 WIDTHS = ((48, 32), (16, 32), (32, 176))  # [d_out, d_in]: a query, a narrower key (GQA), and edges that fill no tile
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,6 +116,25 @@ def test_a_nan_in_one_adapter_leaves_with_it():
     assert all(torch.equal(w, g) for w, g in zip(switch.weights, golden, strict=True))
 
 
+def test_a_pool_of_fused_projections_is_merged_where_it_lies():
+    projection = Projection(32, (48, 16, 24))
+    pool = LoraPool({"qkv": projection}, layers=2, slots=2, rows=64, dtype=torch.float16, device=DEVICE)
+    g, keys = seeded(5), [(0, "qkv"), (1, "qkv")]
+    fused = [torch.randn((88, 32), generator=g).to(DEVICE, torch.float16) for _ in keys]
+    for slot, rank in enumerate((9, 20)):
+        shapes = [((rank, 32), (rank, width)) for width in projection.widths]
+        draw = {key: [tuple(torch.randn(s, generator=g).half() for s in pair) for pair in shapes] for key in keys}
+        pool.put(slot, draw, scale=0.25)
+    golden = [w.clone() for w in fused]
+    switch = WeightSwitch([part for w in fused for part in w.split(projection.widths)], slots=2)
+    switch.register(1, pool_factors(pool, 1, keys))
+    switch.to(1)
+    for key, weight, before in zip(keys, fused, golden, strict=True):
+        views = zip(*pool.views(1, key), strict=True)
+        truth = before.float() + torch.cat([0.25 * b.float().T @ a.float() for a, b in views])
+        assert error(weight, truth) < 1e-3
+
+
 def test_strips_cover_every_element_once():
     weights = [torch.zeros(shape) for shape in WIDTHS]
     tile = merge.Tile(16, 16, 3, 2, 4)
@@ -141,7 +161,7 @@ def bad_calls():
     yield "unknown form", lambda: WeightSwitch([w], form="both")
     yield "keeps no golden copy", lambda: WeightSwitch([w], golden=[w.clone()], form="in_place")
     yield "at least one", lambda: WeightSwitch([])
-    yield r"shape \(32, 31\)", lambda: WeightSwitch([torch.zeros(32, 31)])
+    yield r"shape \(32, 36\)", lambda: WeightSwitch([torch.zeros(32, 36)])
     yield "contiguous", lambda: WeightSwitch([torch.zeros(32, 64)[:, :32]])
     yield "float64", lambda: WeightSwitch([w.double()])
     yield "one dtype", lambda: WeightSwitch([w, w.half()])

@@ -1,0 +1,298 @@
+"""Time the swift switch on this GPU beside the usual ways to merge, and measure the drift of the in-place form.
+
+    python -m kernels.switch_bench --out switch.csv            # LLaVA-1.5-7B's q, k, v, o; ranks 16 to 256
+    python -m kernels.switch_bench --model qwen2-vl-7b         # narrow k and v (GQA)
+    python -m kernels.switch_bench --sweep --ranks 64          # every tile for one rank, to choose merge.TILES again
+
+A row is one way to switch; ms is the median over runs timed by CUDA events; GB/s counts the bytes that a switch must
+move at least (each touched matrix read and written once, the factors read once), so that all ways compare. The copy row
+is that floor as this GPU reaches it: a plain copy of the same matrices. Weights and factors are random, so it knows
+nothing of what a real adapter does to a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+
+from kernels.merge import NO_SLOT, Factors, Tile, WeightSwitch, switch_kernel
+
+MODELS = {  # layers, then (d_out, d_in) of q, k, v, o in each
+    "llava-7b": (32, ((4096, 4096), (4096, 4096), (4096, 4096), (4096, 4096))),
+    "llava-13b": (40, ((5120, 5120), (5120, 5120), (5120, 5120), (5120, 5120))),
+    "qwen2-vl-7b": (28, ((3584, 3584), (512, 3584), (512, 3584), (3584, 3584))),
+}
+COLUMNS = ("form", "model", "rank", "layers", "ms", "ms_min", "gb_per_s", "moved_bytes", "error", "launches",
+           "switches", "changed_share", "mean_drift", "max_drift")
+SWEEP = [
+    Tile(rows, columns, steps, stages, warps)
+    for (rows, columns, warps), steps, stages in itertools.product(
+        ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)),
+        (8, 32), (2, 3, 4),
+    )
+]
+SHARED_BYTES = 227 << 10  # of one program on Hopper
+
+
+class World(NamedTuple):
+    """Random weights of one model as views of one stack (so that a batched matmul can be a rival), and two adapters."""
+
+    model: str
+    rank: int
+    weights: list[torch.Tensor]
+    golden: list[torch.Tensor]
+    stack: torch.Tensor | None  # [matrices, d_out, d_in] where all have one shape
+    golden_stack: torch.Tensor | None
+    adapters: list[list[Factors]]
+
+
+def make_world(model: str, rank: int, adapters: int = 2, seed: int = 0) -> World:
+    """Weights of standard deviation 0.02, factors such that a delta is a tenth of the weights; bf16, on the GPU."""
+    layers, widths = MODELS[model]
+    shapes = list(widths) * layers
+    g = torch.Generator("cuda").manual_seed(seed)
+    offsets = [0, *itertools.accumulate(math.prod(shape) for shape in shapes)]
+    golden_flat = torch.empty(offsets[-1], dtype=torch.bfloat16, device="cuda").normal_(0, 0.02, generator=g)
+    flat = golden_flat.clone()
+
+    def views(buffer):
+        return [buffer[lo:hi].view(shape) for lo, hi, shape in zip(offsets, offsets[1:], shapes, strict=False)]
+
+    def factor(width):
+        return torch.empty((rank, width), dtype=torch.bfloat16, device="cuda").normal_(generator=g)
+
+    scale = 0.002 / math.sqrt(rank)
+    pairs = [[Factors(factor(d_in), factor(d_out), scale) for d_out, d_in in shapes] for _ in range(adapters)]
+    square = len(set(shapes)) == 1
+    stacks = [buffer.view(len(shapes), *shapes[0]) if square else None for buffer in (flat, golden_flat)]
+    return World(model, rank, views(flat), views(golden_flat), *stacks, pairs)
+
+
+def gpu_ms(call: Callable[[], None], repeats: int, back: Callable[[], None] | None = None) -> list[float]:
+    """GPU times of `call` over `repeats` runs after two warm-up runs; `back`, untimed, undoes each."""
+    events = []
+    for _ in range(repeats + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        events.append((start, stop))
+        if back is not None:
+            back()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) for start, stop in events[2:]]
+
+
+def relative_error(world: World, truth: Callable[[int], torch.Tensor]) -> float:
+    """Relative error of all weights against `truth(entry)`, in float32."""
+    off = norm = 0.0
+    for entry, weight in enumerate(world.weights):
+        want = truth(entry)
+        off += float((weight.float() - want).square().sum())
+        norm += float(want.square().sum())
+    return math.sqrt(off / norm)
+
+
+def merged_truth(world: World, slot: int) -> Callable[[int], torch.Tensor]:
+    """The float32 weights with adapter `slot` folded in."""
+
+    def truth(entry):
+        golden = world.golden[entry].float()
+        if slot == NO_SLOT:
+            return golden
+        a, b, scale = world.adapters[slot][entry]
+        return torch.addmm(golden, b.float().T, a.float(), alpha=scale)
+
+    return truth
+
+
+def fresh_switch(world: World, form: str) -> WeightSwitch:
+    """The plain weights again, and every adapter registered."""
+    for weight, golden in zip(world.weights, world.golden, strict=True):
+        weight.copy_(golden)
+    golden = world.golden if form == "golden" else None
+    switch = WeightSwitch(world.weights, golden=golden, slots=len(world.adapters), form=form)
+    for slot, factors in enumerate(world.adapters):
+        switch.register(slot, factors)
+    return switch
+
+
+def switch_rows(world: World, repeats: int) -> Iterator[dict]:
+    """Our forms: merge, restore and change, from the golden copy and in place."""
+    for form in ("golden", "in_place"):
+        switch = fresh_switch(world, form)
+        for name, before, after in (("merge", NO_SLOT, 0), ("restore", 0, NO_SLOT), ("change", 0, 1)):
+            switch.to(before)
+            spans = gpu_ms(lambda s=switch, a=after: s.to(a), repeats, back=lambda s=switch, b=before: s.to(b))
+            switch.to(after)
+            error = relative_error(world, merged_truth(world, after))
+            yield row(f"{name}_{form}", world, **timed(spans), moved_bytes=switch.moved_bytes(after, before),
+                      error=f"{error:.2e}", launches=1)
+
+
+def rival_rows(world: World, repeats: int) -> Iterator[dict]:
+    """The usual ways: a copy (the floor), addmm a matrix, from golden or in place, one baddbmm, PEFT's expression."""
+    weights, golden, factors = world.weights, world.golden, world.adapters[0]
+    moved = sum(2 * w.nbytes + f.a.nbytes + f.b.nbytes for w, f in zip(weights, factors, strict=True))
+    scale = factors[0].scale
+    b_columns = [f.b.T.contiguous() for f in factors]  # [d_out, rank], as PEFT keeps it
+    truth = merged_truth(world, 0)
+
+    def reset():
+        for w, g in zip(weights, golden, strict=True):
+            w.copy_(g)
+
+    def addmm_golden():
+        for w, g, f in zip(weights, golden, factors, strict=True):
+            torch.addmm(g, f.b.T, f.a, alpha=f.scale, out=w)
+
+    def addmm_in_place():
+        for w, f in zip(weights, factors, strict=True):
+            w.addmm_(f.b.T, f.a, alpha=f.scale)
+
+    def peft_expression():
+        for w, f, b in zip(weights, factors, b_columns, strict=True):
+            w.add_((b @ f.a) * f.scale)
+
+    ways = {"copy": (reset, 1), "addmm_golden": (addmm_golden, len(weights)),
+            "addmm_in_place": (addmm_in_place, len(weights)), "peft_merge": (peft_expression, 3 * len(weights))}
+    if world.stack is not None:
+        all_b, all_a = torch.stack(b_columns), torch.stack([f.a for f in factors])
+        ways["copy"] = (lambda: world.stack.copy_(world.golden_stack), 1)
+        ways["baddbmm_in_place"] = (lambda: world.stack.baddbmm_(all_b, all_a, alpha=scale), 1)
+    for name, (call, launches) in ways.items():
+        reset()
+        call()
+        error = relative_error(world, merged_truth(world, NO_SLOT) if name == "copy" else truth)
+        yield row(name, world, **timed(gpu_ms(call, repeats)), moved_bytes=moved, error=f"{error:.2e}",
+                  launches=launches)
+
+
+def row(form: str, world: World, **values: float) -> dict:
+    """One line of the result; columns that do not apply are empty."""
+    if "ms" in values:
+        values["gb_per_s"] = round(values["moved_bytes"] / values["ms"] / 1e6, 1)
+    known = {"form": form, "model": world.model, "rank": world.rank, "layers": MODELS[world.model][0]}
+    return {column: (known | values).get(column, "") for column in COLUMNS}
+
+
+def timed(spans: list[float]) -> dict[str, float]:
+    """ms and ms_min of GPU times in ms."""
+    return {"ms": round(statistics.median(spans), 4), "ms_min": round(min(spans), 4)}
+
+
+def drift_rows(model: str, rank: int, switches: int, adapters: int) -> Iterator[dict]:
+    """What `switches` changes over `adapters` slots leave of the weights, the last adapter taken out again.
+
+    changed_share: elements that differ from the golden copy. mean_drift: mean |W - golden| over mean |golden|.
+    max_drift: the largest |W - golden|.
+    """
+    world = make_world(model, rank, adapters)
+    for form in ("golden", "in_place"):
+        switch = fresh_switch(world, form)
+        for i in range(switches):
+            switch.to(i % adapters)
+        switch.to(NO_SLOT)
+        changed = total = 0
+        drift = size = most = 0.0
+        for weight, golden in zip(world.weights, world.golden, strict=True):
+            off = (weight.float() - golden.float()).abs()
+            changed, total = changed + int((off > 0).sum()), total + off.numel()
+            drift, size = drift + float(off.sum()), size + float(golden.float().abs().sum())
+            most = max(most, float(off.max()))
+        yield row(f"drift_{form}_{adapters}_adapters", world, switches=switches,
+                  changed_share=round(changed / total, 4), mean_drift=f"{drift / size:.2e}", max_drift=f"{most:.2e}")
+
+
+def sweep_rows(world: World, repeats: int) -> Iterator[dict]:
+    """Every tile of SWEEP that fits, for a merge from the golden copy. All are compiled first, on all cores."""
+    switch = WeightSwitch(world.weights, golden=world.golden, slots=1)
+    switch.register(0, world.adapters[0])
+    moved = switch.moved_bytes(0, NO_SLOT)
+    tiles = [t for t in SWEEP if 2 * t.rows * (world.rank + t.stages * t.columns)
+             + 2 * t.stages * world.rank * t.columns < SHARED_BYTES]
+    with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
+        for tile in tiles:
+            grid, args, options = switch.arguments(0, NO_SLOT, tile)
+            switch_kernel.warmup(*args, grid=grid, **options)
+    for tile in tiles:
+        name = "tile_" + "x".join(map(str, tile))
+        try:
+            spans = gpu_ms(lambda tile=tile: switch.launch(0, NO_SLOT, tile), repeats)
+        except triton.runtime.errors.OutOfResources as full:
+            print(f"{name}: {full}", file=sys.stderr)
+            continue
+        error = relative_error(world, merged_truth(world, 0))
+        yield row(name, world, **timed(spans), moved_bytes=moved, error=f"{error:.2e}", launches=1)
+
+
+def provenance(argv: list[str]) -> list[str]:
+    """Header lines: device, date, versions and the command."""
+    return [
+        f"# device: {torch.cuda.get_device_name()}",
+        f"# date: {datetime.datetime.now(datetime.UTC).date()}",
+        f"# versions: torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
+        f"# command: python -m kernels.switch_bench {' '.join(argv)}",
+    ]
+
+
+def write(path: Path, lines: list[str]) -> None:
+    """All of the lines or nothing: a file beside it is written first, then takes its name."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmark; CSV to stdout and to --out, progress to stderr. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.switch_bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="llava-7b")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128, 256], metavar="RANK")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--drift", type=int, default=1000, metavar="SWITCHES", help="0 leaves the drift out")
+    parser.add_argument("--sweep", action="store_true", help="time every tile for these ranks, nothing else")
+    parser.add_argument("--out", type=Path, help="CSV file")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("switch_bench times a GPU and CUDA sees none here; run it on a machine that has one", file=sys.stderr)
+        return 1
+    lines = [*provenance(argv), ",".join(COLUMNS)]
+    print("\n".join(lines))
+    for values in all_rows(args):
+        lines.append(",".join(map(str, values.values())))
+        print(lines[-1], flush=True)
+    if args.out:
+        write(args.out, lines)
+    return 0
+
+
+def all_rows(args: argparse.Namespace) -> Iterator[dict]:
+    """The rows that the arguments ask for, in order; one world of weights on the GPU at a time."""
+    for rank in args.ranks:
+        world = make_world(args.model, rank)
+        if args.sweep:
+            yield from sweep_rows(world, args.repeats)
+            continue
+        yield from switch_rows(world, args.repeats)
+        yield from rival_rows(world, args.repeats)
+    if args.drift and not args.sweep:
+        yield from drift_rows(args.model, 64, args.drift, 8)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
