@@ -33,6 +33,8 @@ def check(ledger: Ledger, ended: int) -> None:
         wrong.append(f"{len(entries)} unfinished requests stand in {sum(len(place) for _, place, _ in places)} places")
     for name, place, state in places:
         wrong += [f"request {e.id} is in {name} with state {e.state}" for e in place.values() if e.state != state]
+    if ledger.queued != len(ledger.waiting) + len(ledger.preempted) + len(ledger.prefilling):
+        wrong.append(f"{ledger.queued} requests counted as queued")
     counts: dict[int, int] = {}
     for entry in entries.values():
         counts[entry.adapter] = counts.get(entry.adapter, 0) + 1

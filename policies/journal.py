@@ -12,6 +12,7 @@ import numpy as np
 from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 CHUNK = 65_536
+PS_PER_NS = 1000
 PS_PER_US = 1_000_000
 
 COUNTERS = (
@@ -50,7 +51,7 @@ class Journal:
             self._requests.clear()
 
     def step(self, row: tuple) -> None:
-        """One lease; `row` in the order of STEP_COLUMNS."""
+        """One lease; `row` in the order of STEP_COLUMNS, but all times in picoseconds. The places sum to the duration."""
         self._steps.append(row)
         if len(self._steps) >= CHUNK:
             self._flush_steps()
@@ -81,7 +82,13 @@ class Journal:
             return
         rows = np.array(self._steps, np.int64)
         self._steps.clear()
-        duration, mode = STEP_COLUMNS.index("duration_ns"), STEP_COLUMNS.index("mode")
+        start, duration, mode = (STEP_COLUMNS.index(name) for name in ("start_ns", "duration_ns", "mode"))
+        end_ns = (rows[:, start] + rows[:, duration]) // PS_PER_NS
+        rows[:, start] //= PS_PER_NS
+        rows[:, duration] = end_ns - rows[:, start]
+        places = slice(STEP_COLUMNS.index(f"{PLACES[0]}_ns"), None)
+        rows[:, places] //= PS_PER_NS
+        rows[:, places.start] += rows[:, duration] - rows[:, places].sum(axis=1)  # what rounding left over
         for number in range(len(self.mode_ns)):
             self.mode_ns[number] += int(rows[rows[:, mode] == number, duration].sum())
         for name in PLACES:

@@ -39,7 +39,8 @@ class Ledger:
         self.decoding: dict[int, Entry] = {}
         self.decoding_by: dict[int, dict[int, Entry]] = {}
         self.paused: dict[int, Entry] = {}
-        self.unfinished: dict[int, int] = {}
+        self.unfinished: dict[int, int] = {}  # adapter -> requests
+        self.queued = 0  # requests in waiting, preempted and prefilling
         self.mode = UNMERGED
         self.merged = -1
         self.cohort = Cohort(pool.page_tokens)
@@ -56,8 +57,7 @@ class Ledger:
     # -- looking ------------------------------------------------------------------------------------------------------
     def view(self, now_ns: int) -> View:
         """The window of this ledger at `now_ns`: one object, read through, valid until the next `begin`."""
-        self._view.now_ns = now_ns
-        return self._view
+        return self._view.look(now_ns)
 
     def has_work(self) -> bool:
         """True while any request is unfinished."""
@@ -123,6 +123,7 @@ class Ledger:
         self.entries[request.id] = self.waiting[request.id] = entry
         self.waiting_by.setdefault(adapter, {})[request.id] = entry
         self._asked[request.id] = request
+        self.queued += 1
         self.unfinished[adapter] = self.unfinished.get(adapter, 0) + 1
         return True
 
@@ -142,6 +143,7 @@ class Ledger:
         for request in plan.aborts:
             entry = self.entries[request]
             self._unqueue(entry)
+            self.queued -= 1
             self._end(entry, ABORTED, now_ns)
         for request in plan.preempts:
             self._preempt(self.entries[request], now_ns)
@@ -177,14 +179,14 @@ class Ledger:
 
     def commit(self, steps: int, first_ns: int, end_ns: int) -> None:
         """Account for `steps` executed steps of the plan; the first ended at first_ns, the last at end_ns."""
-        cohort = self.cohort
-        if cohort.members:
-            journal = self.journal
-            for entry in self._fresh:  # `_select` left those here that join with this lease
-                journal.gap(first_ns - entry.since_ns)
-            if len(cohort.members) > len(self._fresh):
-                journal.gap(first_ns - self._token_ns, len(cohort.members) - len(self._fresh))
-            self._fresh.clear()
+        cohort, fresh = self.cohort, self._fresh
+        members = len(cohort.members)
+        if members:
+            for entry in fresh:  # `_select` left those here that join with this lease
+                self.journal.gap(first_ns - entry.since_ns)
+            if members > len(fresh):
+                self.journal.gap(first_ns - self._token_ns, members - len(fresh))
+            fresh.clear()
             self.pool.take(cohort.pages_for(steps))
             for request in cohort.advance(steps):
                 entry = cohort.members[request]
@@ -308,6 +310,7 @@ class Ledger:
     def _first_token(self, entry: Entry, now_ns: int) -> None:
         """The last chunk of a prefill emitted a token: the request decodes from now on, or ends."""
         del self.prefilling[entry.id]
+        self.queued -= 1
         entry.generated += 1
         if entry.first_token_ns < 0:
             entry.first_token_ns = now_ns
@@ -347,6 +350,7 @@ class Ledger:
             if entry in self._fresh:
                 self._fresh.remove(entry)
             self._forget_decoding(entry)
+            self.queued += 1
         self._return_memory(entry)
         entry.state = WAITING
         entry.target = entry.prompt_tokens + entry.generated

@@ -81,30 +81,42 @@ class Entry:
 
 
 class View:
-    """The window. `now_ns` is set at each look; everything else is read through to the ledger."""
+    """The window: what `ledger.view` noted at the look, as attributes, and queues that are read through to the ledger.
 
-    __slots__ = ("_ledger", "_oracle", "adapters", "cost", "limits", "memo", "now_ns", "page_tokens")
+    now_ns: time of the look. mode, merged: of the last step (merged: the folded adapter, -1 for none). queued: requests
+    that wait for (the rest of) their prefill. total: unfinished requests. unfinished: adapter -> unfinished requests, for
+    the adapters that have any (-1: the base model). free_pages: to be had without evicting an adapter or preempting
+    anybody. memo: what the last plan left. adapters, limits, cost, page_tokens, pool_pages never change.
+    """
+
+    __slots__ = (
+        "_ledger", "_oracle", "adapters", "cost", "free_pages", "limits", "memo", "merged", "mode", "now_ns",
+        "page_tokens", "pool_pages", "queued", "total", "unfinished",
+    )  # fmt: skip
 
     def __init__(self, ledger: Ledger, cost: Cost, *, oracle: bool = False):
         self._ledger = ledger
         self._oracle = oracle
         self.adapters: tuple[Adapter, ...] = ledger.pool.adapters
         self.cost = cost
-        self.limits = ledger.limits
-        self.page_tokens = ledger.pool.page_tokens
+        self.limits: Limits = ledger.limits
+        self.page_tokens: int = ledger.pool.page_tokens
+        self.pool_pages: int = ledger.pool.pages
+        self.unfinished: dict[int, int] = ledger.unfinished
         self.memo: Any = None
-        self.now_ns = 0
+        self.look(0)
 
-    # -- weights ----------------------------------------------------------------------------------------------------
-    @property
-    def mode(self) -> int:
-        """Mode of the last step."""
-        return self._ledger.mode
-
-    @property
-    def merged(self) -> int:
-        """Adapter folded into the weights, -1 for none."""
-        return self._ledger.merged
+    def look(self, now_ns: int) -> View:
+        """Note the ledger's sums as they are now."""
+        ledger = self._ledger
+        pool = ledger.pool
+        self.now_ns = now_ns
+        self.mode = ledger.mode
+        self.merged = ledger.merged
+        self.queued = ledger.queued
+        self.total = len(ledger.entries)
+        self.free_pages = pool.unused + pool.reclaimable
+        return self
 
     # -- requests -----------------------------------------------------------------------------------------------------
     @property
@@ -119,12 +131,6 @@ class View:
     def prefilling(self) -> Iterable[Entry]:
         """Requests whose prompt is partly computed, in the order they began."""
         return self._ledger.prefilling.values()
-
-    @property
-    def queued(self) -> int:
-        """Requests that wait for (the rest of) their prefill."""
-        ledger = self._ledger
-        return len(ledger.waiting) + len(ledger.preempted) + len(ledger.prefilling)
 
     def queue(self) -> Iterator[Entry]:
         """Everything that wants a prefill, in the order that FCFS serves it: started, preempted, new."""
@@ -174,16 +180,6 @@ class View:
         """The entry of an unfinished request."""
         return self._ledger.entries[request]
 
-    @property
-    def unfinished(self) -> dict[int, int]:
-        """adapter -> unfinished requests, for the adapters that have any (-1: the base model)."""
-        return self._ledger.unfinished
-
-    @property
-    def total(self) -> int:
-        """Unfinished requests."""
-        return len(self._ledger.entries)
-
     def output_tokens(self, request: int) -> int:
         """The true output length; only for an oracle. Raises PermissionError for any other policy."""
         if not self._oracle:
@@ -191,15 +187,6 @@ class View:
         return self._ledger.output_tokens(request)
 
     # -- memory -------------------------------------------------------------------------------------------------------
-    @property
-    def free_pages(self) -> int:
-        """Pages to be had without evicting an adapter or preempting anybody."""
-        return self._ledger.pool.free
-
-    @property
-    def pool_pages(self) -> int:
-        """Pages in all."""
-        return self._ledger.pool.pages
 
     def next_pages(self, requests: tuple[int, ...]) -> int:
         """Pages that one decode step of these requests takes."""

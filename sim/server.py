@@ -89,31 +89,26 @@ class Server:
                     self._refuse_deadlock(plan)
                     yield self._sleep(plan.until_ns)
                 continue
-            yield from self._execute(plan, work)
-
-    def _execute(self, plan: Plan, work: Work):
-        """Run the plan's lease, or its part up to the next event."""
-        env, ledger = self.env, self.ledger
-        most = ledger.lease_steps() if self.leap else 1
-        until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-        start_ps = env.now
-        wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps) if most > 1 else 0
-        jump = run(self.cost, work, most, wake_ps - start_ps)
-        yield env.timeout(jump.total_ps)
-        self._commit(plan, work, jump, start_ps)
+            most, wake_ps = 1, 0
+            if self.leap and not plan.prefills:
+                most = ledger.lease_steps()
+                until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+                wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps)
+            start_ps = env.now
+            jump = run(self.cost, work, most, wake_ps - start_ps)
+            yield env.timeout(jump.total_ps)
+            self._commit(plan, work, jump, start_ps)
 
     def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
         journal, end_ps = self.journal, self.env.now
-        start_ns, end_ns = start_ps // PS_PER_NS, end_ps // PS_PER_NS
-        self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ns)
+        self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ps // PS_PER_NS)
         self.last_ps = end_ps
+        decodes = work.decodes
         for first, growth, steps in jump.pieces:
-            journal.gap_run(first, growth, steps, work.decodes)
-        parts = [part // PS_PER_NS for part in jump.parts]
-        parts[0] += end_ns - start_ns - sum(parts)  # what rounding to ns left over
+            journal.gap_run(first, growth, steps, decodes)
         journal.step((
-            journal.server, start_ns, end_ns - start_ns, jump.steps, plan.mode, plan.merged, work.decodes,
-            len(work.prefills), work.prefill_tokens, work.images, work.adapters, work.context_tokens, *parts,
+            journal.server, start_ps, jump.total_ps, jump.steps, plan.mode, plan.merged, decodes, len(work.prefills),
+            work.prefill_tokens, work.images, work.adapters, work.context_tokens, *jump.parts,
         ))  # fmt: skip
         if self.check_invariants:
             check(self.ledger, journal.ended)
