@@ -10,12 +10,13 @@ the whole trace.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 import numpy as np
 
-from traces.cells import to_ns
+from traces.cells import MAX_NS, to_ns
 from traces.request import TASKS, Adapter, TraceError
 from traces.rows import AdapterTable, BadCell, Limits, Rejects, shown
 from traces.suggest import near
@@ -36,6 +37,7 @@ OURS = {
 }  # fmt: skip
 SECONDS = {"timestamp": "arrival", "ttft_slo_ns": "ttft_slo", "tpot_slo_ns": "tpot_slo"}
 _COUNTS = ("prompt_tokens", "output_tokens", "images")
+_EXTRAS = ("task", "head", "prefix", "ttft_slo_ns", "tpot_slo_ns")
 
 
 def _no_constant(name: str):
@@ -95,11 +97,22 @@ class ObjectParser:
     has: set[str] = field(default_factory=set)  # optional columns seen in any row
     _segments: dict[int, tuple[int, int]] = field(default_factory=dict)  # equal blocks share one tuple
 
+    def __post_init__(self):
+        self._known = set(self.keys.values())
+
     def parse(self, chunk: bytes, first_line: int) -> dict[str, np.ndarray | list]:
         """Columns of the good rows of a chunk of whole lines; `prefix` is a list of segment tuples, or absent."""
+        rows = _plain_objects(chunk) if self.vectorised and first_line > 1 else None
+        lines: Sequence[int] = range(first_line, first_line + len(rows or ()))
+        if rows is None:
+            rows, lines = self._objects(chunk, first_line)
+        columns = self._parse_together(rows) if self.vectorised and rows else None
+        return self._parse_singly(rows, lines) if columns is None else columns
+
+    def _objects(self, chunk: bytes, first_line: int) -> tuple[list[dict], list[int]]:
+        """The objects of a chunk and their line numbers; bad lines are accounted for, the header is taken."""
         rows, lines = [], []
-        for offset, raw in enumerate(chunk.split(b"\n")):
-            line = first_line + offset
+        for line, raw in enumerate(chunk.split(b"\n"), first_line):
             try:
                 text = raw.decode("utf-8").strip()
                 row = parse_object(text) if text else None
@@ -118,10 +131,9 @@ class ObjectParser:
                 if row is not None:
                     rows.append(row)
                     lines.append(line)
-        columns = self._parse_together(rows) if self.vectorised and rows else None
-        return self._parse_singly(rows, lines) if columns is None else columns
+        return rows, lines
 
-    def _parse_singly(self, rows: list[dict], lines: list[int]) -> dict[str, np.ndarray | list]:
+    def _parse_singly(self, rows: list[dict], lines: Sequence[int]) -> dict[str, np.ndarray | list]:
         parsed = []
         for row, line in zip(rows, lines, strict=True):
             try:
@@ -136,47 +148,64 @@ class ObjectParser:
         return columns
 
     def _parse_together(self, rows: list[dict]) -> dict[str, np.ndarray | list] | None:
-        """The columns if every row is plain: integers in range, no more than the timing and count keys and prefixes."""
-        keys = self.keys
-        plain = {keys[role] for role in ("timestamp", *_COUNTS)} | ({keys["hash_ids"]} if "hash_ids" in keys else set())
-        if self.format == "ours" and any(row.keys() - plain for row in rows):
+        """The columns if every row is plain: known keys, integers in range, stamps in the format's own unit."""
+        keys, ours = self.keys, self.format == "ours"
+        seen = set().union(*rows)
+        if ours and seen - self._known:
             return None
-        if any(keys["adapter"] in row or "delay" in row for row in rows):
-            return None
+        has = {role for role in _EXTRAS if keys.get(role) in seen}
+        has |= {"prefix"} if keys.get("hash_ids") in seen else set()
+        unit_ns = 1 if ours else 1_000_000
         columns: dict[str, np.ndarray | list] = {}
-        for role in ("timestamp", *_COUNTS):
-            values = [row.get(keys[role], 0 if role == "images" else None) for row in rows]
-            if set(map(type, values)) != {int}:
-                return None
-            try:
-                column = np.array(values, np.int64)
-            except OverflowError:
-                return None
-            if role == "timestamp":
-                unit_ns = 1_000_000 if self.format == "mooncake" else 1
-                ok = (column >= 0) & (column <= 2**62 // unit_ns)
-                column = np.where(ok, column, 0) * unit_ns
-            else:
-                column, ok = self.limits.take_column(role, column)
-            if not ok.all():
-                return None
-            columns[role] = column
-        columns["adapter"] = np.full(len(rows), -1, np.int64)
-        if any(keys.get("hash_ids") in row for row in rows) or "prefix" in self.has:
-            try:
-                prompts = columns["prompt_tokens"].tolist()
-                columns["prefix"] = [self._blocks(row, n) for row, n in zip(rows, prompts, strict=True)]
-            except BadCell:
-                return None
-            self.has.add("prefix")
-        for role in self.has - {"prefix"}:
-            columns[role] = np.zeros(len(rows), np.int64)
+        try:
+            stamps = _integers(rows, keys["timestamp"])
+            _demand((stamps >= 0) & (stamps <= MAX_NS // unit_ns))
+            columns["timestamp"] = stamps * unit_ns
+            for role in _COUNTS:
+                if role == "images" and keys[role] not in seen:
+                    columns[role] = np.zeros(len(rows), np.int64)
+                    continue
+                values = _integers(rows, keys[role], 0 if role == "images" else None)
+                columns[role], ok = self.limits.take_column(role, values)
+                _demand(ok)
+            self._take_extras(rows, columns, has)
+            pairs = self._column(rows, "adapter", seen), self._column(rows, "rank", seen)
+            pairs = list(zip(*pairs, strict=True))
+            index = {pair: self._adapter(*pair) for pair in dict.fromkeys(pairs)}
+        except (BadCell, TypeError, OverflowError, KeyError):
+            return None
+        columns["adapter"] = np.array([index[pair] for pair in pairs], np.int64)
+        self.has |= has
         return columns
+
+    def _column(self, rows: list[dict], role: str, seen: set[str]) -> list:
+        key = self.keys[role]
+        return [row.get(key) for row in rows] if key in seen else [None] * len(rows)
+
+    def _take_extras(self, rows: list[dict], columns: dict, has: set[str]) -> None:
+        """Add the optional columns that these rows have; raises TypeError or KeyError where one is not plain."""
+        keys = self.keys
+        if "task" in has:
+            number = {name: index for index, name in enumerate(TASKS)}
+            columns["task"] = np.array([number[row.get(keys["task"], TASKS[0])] for row in rows], np.int64)
+        if "head" in has:
+            heads = [row.get(keys["head"], False) for row in rows]
+            if set(map(type, heads)) != {bool}:
+                raise TypeError
+            columns["head"] = np.array(heads, np.int64)
+            _demand((columns["output_tokens"] == 1) | (columns["head"] == 0))
+        for role in has & {"ttft_slo_ns", "tpot_slo_ns"}:
+            columns[role] = _integers(rows, keys[role], 0)
+            _demand((columns[role] >= 0) & (columns[role] <= MAX_NS))
+        if "prefix" in has:
+            take = self._prefix if self.format == "ours" else self._blocks
+            prompts = columns["prompt_tokens"].tolist()
+            columns["prefix"] = [take(row, n) for row, n in zip(rows, prompts, strict=True)]
 
     def parse_row(self, row: dict) -> dict:
         """One row, cell by cell. Raises BadCell."""
         if self.format == "ours":
-            for key in row.keys() - set(self.keys.values()) - set(SECONDS.values()):
+            for key in row.keys() - self._known - set(SECONDS.values()):
                 known = [*self.keys.values(), *SECONDS.values()]
                 raise BadCell(key, row[key], f"stands under an unknown key{near(key, known)}")
         elif "delay" in row and self.keys["timestamp"] not in row:
@@ -194,7 +223,7 @@ class ObjectParser:
                 self.has.add("prefix")
         else:
             values |= self._our_extras(row, values["prompt_tokens"])
-        values["adapter"] = self._adapter(row)
+        values["adapter"] = self._adapter(row.get(self.keys["adapter"]), row.get(self.keys["rank"]))
         return values
 
     def _our_extras(self, row: dict, prompt_tokens: int) -> dict:
@@ -229,8 +258,7 @@ class ObjectParser:
         except ValueError as error:
             raise BadCell(key, value, str(error)) from None
 
-    def _adapter(self, row: dict) -> int:
-        name, rank = row.get(self.keys["adapter"]), row.get(self.keys["rank"])
+    def _adapter(self, name: object, rank: object) -> int:
         if name is not None and not isinstance(name, str):
             raise BadCell("adapter", name, "is not an adapter id, a string")
         if rank is not None and type(rank) is not int:
@@ -239,8 +267,8 @@ class ObjectParser:
 
     def _blocks(self, row: dict, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
         """hash_ids as segments of 512 tokens, the last one partial; ids past the end of the prompt are left out."""
-        ids = row.get(self.keys.get("hash_ids"), ())
-        if ids in ((), []):
+        ids = row.get(self.keys["hash_ids"])
+        if ids is None or ids == []:
             return ()
         _check_keys("hash_ids", ids)
         blocks, rest = divmod(prompt_tokens, BLOCK_TOKENS)
@@ -251,14 +279,18 @@ class ObjectParser:
         return tuple(segments)
 
     def _prefix(self, row: dict, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
-        segments = row.get(self.keys["prefix"], [])
-        pairs = isinstance(segments, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in segments)
-        if not pairs or any(type(tokens) is not int or tokens < 1 for _, tokens in segments):
-            raise BadCell("prefix", segments, "is not a list of [content key, tokens >= 1]")
-        _check_keys("prefix", [key for key, _ in segments])
-        if sum(tokens for _, tokens in segments) > prompt_tokens:
+        segments = row.get(self.keys["prefix"])
+        if segments is None or segments == []:
+            return ()
+        if not isinstance(segments, list) or any(type(pair) is not list or len(pair) != 2 for pair in segments):
+            raise BadCell("prefix", segments, "is not a list of [content key, tokens]")
+        keys, tokens = zip(*segments, strict=True)
+        if set(map(type, tokens)) != {int} or min(tokens) < 1:
+            raise BadCell("prefix", segments, "has a segment whose tokens are not a whole number of at least 1")
+        _check_keys("prefix", keys)
+        if sum(tokens) > prompt_tokens:
             raise BadCell("prefix", segments, f"is longer than the prompt of {prompt_tokens} tokens")
-        return tuple((key, tokens) for key, tokens in segments)
+        return tuple(zip(keys, tokens, strict=True))
 
     def _read_header(self, row: dict) -> None:
         if row[HEADER_KEY] != HEADER_VALUE:
@@ -285,6 +317,18 @@ class ObjectParser:
         self.header = row
 
 
+def _plain_objects(chunk: bytes) -> list[dict] | None:
+    """The objects of a chunk whose every line is one and no more; None when any is not."""
+    try:
+        lines = chunk.decode("utf-8").replace("\r\n", "\n")[:-1].split("\n")
+        pairs = [_scan(line, 0) for line in lines]
+    except (ValueError, StopIteration, RecursionError, ArithmeticError):
+        return None
+    rows = [row for row, _ in pairs]
+    plain = set(map(type, rows)) == {dict} and [end for _, end in pairs] == list(map(len, lines))
+    return rows if plain else None
+
+
 def row_keys(row: dict) -> str:
     """The keys of a row, for a message."""
     return ", ".join(map(str, row))
@@ -299,7 +343,21 @@ def _whole(row: dict, key: str) -> int:
 
 
 def _check_keys(column: str, keys: object) -> None:
-    if not isinstance(keys, list) or set(map(type, keys)) > {int} or set(map(type, keys)) - {int}:
+    if not isinstance(keys, list | tuple) or set(map(type, keys)) != {int}:
         raise BadCell(column, keys, "is not a list of whole numbers")
-    if keys and not -(2**63) <= min(keys) <= max(keys) < 2**63:
+    if not -(2**63) <= min(keys) <= max(keys) < 2**63:
         raise BadCell(column, keys, "holds a content key outside 64 bits")
+
+
+def _integers(rows: list[dict], key: str, default: int | None = None) -> np.ndarray:
+    """One key of all rows as int64. Raises TypeError or OverflowError unless all are integers that fit."""
+    values = [row.get(key, default) for row in rows]
+    if set(map(type, values)) != {int}:
+        raise TypeError
+    return np.array(values, np.int64)
+
+
+def _demand(ok: np.ndarray) -> None:
+    """Leave the fast path unless every row is fine."""
+    if not ok.all():
+        raise TypeError

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -27,17 +28,30 @@ class SuggestingParser(argparse.ArgumentParser):
     def __init__(self, *args, allow_abbrev: bool = False, **kwargs):
         super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
 
+    _given: tuple[str, ...] = ()
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse; the arguments are kept for `error`."""
+        self._given = tuple(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def parse_args(self, args=None, namespace=None):
         """As argparse; unknown arguments end the program with the nearest known flag."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].split("=", 1)[0]
-            hint = near(flag, self._all_flags()) if flag.startswith("-") else ""
-            self.error(f"unknown argument {unknown[0]!r}{hint or f'; {self.prog} --help lists the known ones'}")
+            self.error(self._unknown(unknown[0]))
         return parsed
 
+    def _unknown(self, argument: str) -> str:
+        hint = near(argument.split("=", 1)[0], self._all_flags()) if argument.startswith("-") else ""
+        return f"unknown argument {argument!r}{hint or f'; {self.prog} --help lists the known ones'}"
+
     def error(self, message: str):
-        """Print one line to stderr and exit with code 2."""
+        """Print one line to stderr and exit with code 2. A misspelt flag is named before the one it leaves missing."""
+        flags = self._all_flags()
+        misspelt = [word for word in self._given if word.startswith("--") and word.split("=", 1)[0] not in flags]
+        if "required" in message and misspelt and misspelt[0] != "--":
+            message = self._unknown(misspelt[0])
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _check_value(self, action, value):
