@@ -21,8 +21,9 @@ from policies.profile import Profile
 
 PS_PER_US = 1_000_000
 
-Segment = tuple[int, int, int]
-"""(context tokens where it begins, ps there, ps per further token): one piece of the decode attention's cost."""
+Segments = tuple[list[int], list[int], list[int]]
+"""The decode attention's cost in linear pieces: context tokens where each begins (ascending from 0), ps there, ps per
+further token."""
 
 
 class Curve:
@@ -108,7 +109,7 @@ class Cost:
         return Curve(points, name, self.outside)
 
     # -- pieces, in picoseconds -----------------------------------------------------------------------------------------
-    def _segments(self, decodes: int) -> tuple[Segment, ...]:
+    def _segments(self, decodes: int) -> Segments:
         """The decode attention of `decodes` requests as a function of their context tokens in all."""
         grid = list(self._attention)
         low, high, share = _between(grid, decodes)
@@ -123,7 +124,7 @@ class Cost:
         slopes = [
             (values[i + 1] - values[i]) // max(1, starts[i + 1] - starts[i]) for i in range(len(starts) - 1)
         ]
-        return tuple(zip(starts, values, [*slopes, slopes[-1] if slopes else 0], strict=True))
+        return starts, values, [*slopes, slopes[-1] if slopes else 0]
 
     def _prefill_attention_ps(self, tokens: int, context: int) -> int:
         grid = list(self._prefill)
@@ -204,9 +205,9 @@ class Cost:
 
     def attention_at(self, decodes: int, context_tokens: int) -> int:
         """Decode attention in ps at one point."""
-        segments = self.segments(decodes)
-        start, value, slope = segments[bisect_right(segments, context_tokens, key=lambda segment: segment[0]) - 1]
-        return value + slope * (context_tokens - start)
+        starts, values, slopes = self.segments(decodes)
+        at = bisect_right(starts, context_tokens) - 1
+        return values[at] + slopes[at] * (context_tokens - starts[at])
 
     def prefill_ns(self, tokens: int, images: int = 0) -> int:
         """Predicted time of a prefill of `tokens` tokens alone, without LoRA."""

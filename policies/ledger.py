@@ -283,18 +283,21 @@ class Ledger:
     def _branches(self, rows: dict[int, int], total: int, merged: int) -> tuple[int, int, int, int]:
         """(rows through the LoRA branch, distinct adapters, largest rank, sum of ranks). In mixture mode a row that does
         not ask for the folded adapter goes through that one's branch too, to take it out."""
-        cold = total - rows.get(merged, 0) if merged >= 0 else 0
-        lora_rows = total - rows.get(-1, 0) - (rows.get(merged, 0) if merged >= 0 else 0) + cold
-        used = [adapter for adapter in rows if adapter >= 0 and adapter != merged]
+        lora_rows = total - rows.get(-1, 0)
+        adapters = len(rows) - (-1 in rows)
+        cold = 0
+        if merged >= 0:
+            own = rows.get(merged, 0)
+            cold = total - own
+            lora_rows += cold - own
+            adapters += bool(cold) - bool(own)
+        rank = self.pool.uniform_rank
+        if not adapters or rank:
+            return lora_rows, adapters, rank if adapters else 0, rank * adapters
+        ranks = [self.pool.adapters[adapter].rank for adapter in rows if adapter >= 0 and adapter != merged]
         if cold:
-            used.append(merged)
-        if not used:
-            return 0, 0, 0, 0
-        if self.pool.uniform_rank:
-            rank = self.pool.uniform_rank
-            return lora_rows, len(used), rank, rank * len(used)
-        ranks = [self.pool.adapters[adapter].rank for adapter in used]
-        return lora_rows, len(used), max(ranks), sum(ranks)
+            ranks.append(self.pool.adapters[merged].rank)
+        return lora_rows, adapters, max(ranks), sum(ranks)
 
     # -- transitions ----------------------------------------------------------------------------------------------------
     def _unqueue(self, entry: Entry) -> None:

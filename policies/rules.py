@@ -17,38 +17,39 @@ if TYPE_CHECKING:
 def judge(ledger: Ledger, plan: Plan) -> None:
     """Raise PlanError if `plan` breaks a rule. O(1) for a plan that only decodes what `view.decoding` named."""
     pool, limits = ledger.pool, ledger.limits
-    if plan.merged >= 0 or plan.mode >= MERGED:
-        if (plan.mode in (MERGED, MIXTURE)) != (plan.merged >= 0):
-            raise PlanError(f"mode {MODES[plan.mode]} with merged adapter {plan.merged}: merged and mixture name one, others none")
-        if plan.merged not in pool.resident:
-            raise PlanError(f"adapter {plan.merged} cannot be folded in: it is not resident")
-    if plan.aborts or plan.preempts or plan.evicts or plan.loads:
+    mode, merged, prefills, decodes, loads, evicts, preempts, aborts, _, _ = plan
+    if merged >= 0 or mode >= MERGED:
+        if (mode in (MERGED, MIXTURE)) != (merged >= 0):
+            raise PlanError(f"mode {MODES[mode]} with merged adapter {merged}: merged and mixture name one, others none")
+        if merged not in pool.resident:
+            raise PlanError(f"adapter {merged} cannot be folded in: it is not resident")
+    if aborts or preempts or evicts or loads:
         _judge_moves(ledger, plan)
-    _judge_decodes(ledger, plan)
-    tokens = len(plan.decodes)
+    if mode == BASE and any(adapter >= 0 for adapter in ledger.unfinished):
+        raise PlanError("mode base while a request asks for an adapter; strip the adapters or run unmerged")
+    if decodes and (preempts or decodes is not ledger.known_ids(merged if mode == MERGED else None)):
+        _judge_decodes(ledger, plan)
+    tokens = batch = len(decodes)
     pages = 0
-    if plan.prefills:
+    if prefills:
         chunk_tokens, pages = _judge_prefills(ledger, plan)
         tokens += chunk_tokens
-    if len(plan.decodes) + len(plan.prefills) > limits.max_batch:
-        raise PlanError(f"{len(plan.decodes)} decodes and {len(plan.prefills)} prefills exceed max_batch {limits.max_batch}")
+        batch += len(prefills)
+    if batch > limits.max_batch:
+        raise PlanError(f"{len(decodes)} decodes and {len(prefills)} prefills exceed max_batch {limits.max_batch}")
     if tokens > limits.max_batch_tokens:
         raise PlanError(f"{tokens} tokens in one step exceed max_batch_tokens {limits.max_batch_tokens}")
     free = pool.unused + pool.reclaimable
-    if len(plan.decodes) + pages > free or plan.loads:
-        need = pages + ledger.next_pages(plan.decodes) + sum(pool.adapter_pages[adapter] for adapter in plan.loads)
-        free += sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
-        free += sum(ledger.held_pages(ledger.entries[request]) for request in plan.preempts)
+    if len(decodes) + pages > free or loads:
+        need = pages + ledger.next_pages(decodes) + sum(pool.adapter_pages[adapter] for adapter in loads)
+        free += sum(pool.adapter_pages[adapter] for adapter in evicts)
+        free += sum(ledger.held_pages(ledger.entries[request]) for request in preempts)
         if need > free:
             raise PlanError(f"the plan needs {need} pages and {free} are free after its evictions and preemptions")
 
 
 def _judge_decodes(ledger: Ledger, plan: Plan) -> None:
     decodes, mode, merged = plan.decodes, plan.mode, plan.merged
-    if mode == BASE and any(adapter >= 0 for adapter in ledger.unfinished):
-        raise PlanError("mode base while a request asks for an adapter; strip the adapters or run unmerged")
-    if not decodes or (decodes is ledger.known_ids(merged if mode == MERGED else None) and not plan.preempts):
-        return
     if len(set(decodes)) != len(decodes):
         raise PlanError("a request stands twice among the decodes")
     for request in decodes:

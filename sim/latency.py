@@ -8,6 +8,7 @@ exactly what k single steps give. It knows nothing of queues and policies.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from math import isqrt
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Run(NamedTuple):
     first_ps: int
     total_ps: int
     parts: tuple[int, int, int, int, int, int]
-    pieces: list[tuple[int, int, int]]
+    pieces: Sequence[tuple[int, int, int]]
 
 
 def run(cost: Cost, work: Work, max_steps: int, until_ps: int) -> Run:
@@ -34,28 +35,25 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int) -> Run:
     decodes = work.decodes
     if not decodes:
         total = linear + attention + vision + lora + host + switch
-        return Run(1, total, total, (linear, attention, vision, lora, host, switch), [])
-    segments = cost.segments(decodes)
+        return Run(1, total, total, (linear, attention, vision, lora, host, switch), ())
+    starts, values, slopes = cost.segments(decodes)
     context = work.context_tokens
-    at = bisect_right(segments, (context + 1,)) - 1  # (context + 1,) sorts behind every segment that begins at context
-    start, value, slope = segments[at]
-    decode_attention = value + slope * (context - start)
-    attention += decode_attention
+    at = bisect_right(starts, context) - 1
+    decode_attention = values[at] + slopes[at] * (context - starts[at])
     steady = linear + lora + host  # what every step of the run repeats, beside its attention
-    first = steady + attention + vision + switch
+    first = steady + attention + decode_attention + vision + switch
     if max_steps == 1 or first >= until_ps:
-        return Run(1, first, first, (linear, attention, vision, lora, host, switch), [])
-    steps, total, pieces = 1, first, []
+        return Run(1, first, first, (linear, attention + decode_attention, vision, lora, host, switch), ())
+    steps, total, pieces, last = 1, first, [], len(starts) - 1
     context += decodes
     while steps < max_steps and total < until_ps:
-        while at + 1 < len(segments) and segments[at + 1][0] <= context:
+        while at < last and starts[at + 1] <= context:
             at += 1
-        start, value, slope = segments[at]
-        step = steady + value + slope * (context - start)
-        growth = slope * decodes
+        step = steady + values[at] + slopes[at] * (context - starts[at])
+        growth = slopes[at] * decodes
         most = max_steps - steps
-        if at + 1 < len(segments):
-            most = min(most, -(-(segments[at + 1][0] - context) // decodes))
+        if at < last:
+            most = min(most, -(-(starts[at + 1] - context) // decodes))
         count = _steps_until(step, growth, until_ps - total, most)
         pieces.append((step, growth, count))
         total += count * step + growth * (count * (count - 1) // 2)
