@@ -167,6 +167,14 @@ class Batch:
         )  # fmt: skip
 
 
+def only_decode(view: View, mode: int = UNMERGED) -> Plan:
+    """The plan where nobody waits for a prefill: all running requests go on (a Batch where memory or slots are short)."""
+    decodes = view.decoding
+    if len(decodes) <= view.limits.max_batch and len(decodes) <= view.free_pages:
+        return Plan(mode, -1, (), decodes)
+    return Batch(view, decodes, mode).plan()
+
+
 def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
     """Start the copies of the adapters of the first `depth` entries, so that they are here when their turn comes (S-LoRA)."""
     for entry, _ in zip(entries, range(depth), strict=False):

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from policies.batching import Batch, prefetch
-from policies.plan import BASE, UNMERGED, Plan
+from policies.batching import Batch, only_decode, prefetch
+from policies.plan import BASE, Plan
 from policies.view import Entry, View
 
 
@@ -31,10 +31,11 @@ class SLora:
 
     def decide(self, view: View) -> Plan:
         """FCFS, admission by early abort, prefetch."""
+        if not view.queued:
+            return only_decode(view)
         batch = Batch(view, view.decoding)
-        if view.queued:
-            batch.fill(self._hopeful(view, batch))
-            prefetch(batch, (entry for entry in view.waiting if entry.id not in batch.aborts), self.prefetch)
+        batch.fill(self._hopeful(view, batch))
+        prefetch(batch, (entry for entry in view.waiting if entry.id not in batch.aborts), self.prefetch)
         return batch.plan()
 
     @staticmethod
@@ -62,10 +63,9 @@ class Punica:
 
     def decide(self, view: View) -> Plan:
         """FCFS; `Batch` loads on demand."""
-        batch = Batch(view, view.decoding)
-        if view.queued:
-            batch.fill(view.queue())
-        return batch.plan()
+        if not view.queued:
+            return only_decode(view)
+        return Batch(view, view.decoding).fill(view.queue()).plan()
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,9 @@ class Fcfs:
 
     def decide(self, view: View) -> Plan:
         """FCFS within the slots."""
-        batch = Batch(view, view.decoding)
-        if view.queued:
-            batch.fill(self._slotted(view))
-        return batch.plan()
+        if not view.queued:
+            return only_decode(view)
+        return Batch(view, view.decoding).fill(self._slotted(view)).plan()
 
     def _slotted(self, view: View) -> Iterator[Entry]:
         slots = {view.entry(request).adapter for request in view.decoding}
@@ -111,10 +110,9 @@ class Base:
 
     def decide(self, view: View) -> Plan:
         """FCFS."""
-        batch = Batch(view, view.decoding, BASE)
-        if view.queued:
-            batch.fill(view.queue())
-        return batch.plan()
+        if not view.queued:
+            return only_decode(view, BASE)
+        return Batch(view, view.decoding, BASE).fill(view.queue()).plan()
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,9 @@ class Oracle:
 
     def decide(self, view: View) -> Plan:
         """Waiting requests by the work they bring, the least first."""
-        batch = Batch(view, view.decoding, UNMERGED)
-        if view.queued:
-            batch.fill(view.prefilling)
-            queue = sorted(view.waiting, key=lambda e: (e.target + 8 * view.output_tokens(e.id), e.id))
-            batch.fill(queue)
-            prefetch(batch, queue, self.prefetch)
+        if not view.queued:
+            return only_decode(view)
+        queue = sorted(view.waiting, key=lambda e: (e.target + 8 * view.output_tokens(e.id), e.id))
+        batch = Batch(view, view.decoding).fill(view.prefilling).fill(queue)
+        prefetch(batch, queue, self.prefetch)
         return batch.plan()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.batching import Batch, by_urgency, most_common, prefetch, starving
+from policies.batching import Batch, by_urgency, most_common, only_decode, prefetch, starving
 from policies.plan import MERGED, MIXTURE, Plan
 from policies.view import DECODING, View
 
@@ -59,13 +59,13 @@ class Valora:
         return batch.plan(until_ns=until_ns)
 
     def _unmerged(self, view: View) -> Plan:
+        if not view.queued and len(view.decoding) <= view.limits.max_batch:
+            return only_decode(view)
         until_ns, urgent = None, []
         if len(view.decoding) > view.limits.max_batch:
             urgent, until_ns = starving(view, self._patience_ns(view))
-        batch = Batch(view, by_urgency(view, urgent, view.decoding))
-        if view.queued:
-            batch.fill(view.queue())
-            prefetch(batch, view.waiting, self.prefetch)
+        batch = Batch(view, by_urgency(view, urgent, view.decoding)).fill(view.queue())
+        prefetch(batch, view.waiting, self.prefetch)
         return batch.plan(until_ns=until_ns)
 
     def _patience_ns(self, view: View) -> int:
