@@ -30,8 +30,9 @@ FORMATS = {
         "timestamp": "arrived_at", "prompt_tokens": "num_prefill_tokens", "output_tokens": "num_decode_tokens",
         "adapter": "adapter", "rank": "rank",
     },
+    "csv": {"images": "numimages", "adapter": "adapter", "rank": "rank"},
 }  # fmt: skip
-"""Header names (case-folded) of each format by role. `csv` is any header whose columns were mapped by the user."""
+"""Header names (case-folded) of each format by role. `csv` is any header whose three required columns the user maps."""
 
 REQUIRED = ("timestamp", "prompt_tokens", "output_tokens")
 ROLES = (*REQUIRED, "images", "adapter", "rank")
@@ -49,7 +50,7 @@ class Layout:
 
 
 def find_layout(source: str, line: bytes, format: str, columns: dict[str, str]) -> Layout:
-    """Layout of the header `line`. `format` is one of FORMATS, `csv` or `auto`. Raises TraceError."""
+    """Layout of the header `line`. `format` is one of FORMATS, or `auto`. Raises TraceError."""
     try:
         text = line.decode("utf-8").strip()
         delimiter = max(",;\t", key=text.count)
@@ -63,13 +64,14 @@ def find_layout(source: str, line: bytes, format: str, columns: dict[str, str]) 
             raise TraceError(f"{source}:1: no column {name!r} for {role}{near(name, names)}; it has {_listed(names)}")
         mapped[role] = name.casefold()
     tried = {}
-    for candidate in [*FORMATS, "csv"] if format == "auto" else [format]:
-        roles = FORMATS.get(candidate, {}) | mapped
+    candidates = ["csv"] if mapped.keys() >= set(REQUIRED) else FORMATS
+    for candidate in candidates if format == "auto" else [format]:
+        roles = FORMATS[candidate] | mapped
         found = {role: name for role, name in roles.items() if name in folded}
         missing = [role for role in REQUIRED if role not in found]
         if not missing:
             break
-        tried[candidate] = [FORMATS.get(candidate, {}).get(role, role) for role in missing]
+        tried[candidate] = [roles.get(role, role) for role in missing]
     else:
         raise TraceError(_unknown(source, names, tried))
     twice = [name for name in found.values() if folded.count(name) > 1]

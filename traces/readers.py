@@ -17,7 +17,7 @@ from traces.rows import BAD_ROWS, DEFAULT_RANK, MAX_ROWS, AdapterTable, BadCell,
 from traces.source import Source
 from traces.suggest import near
 
-FORMATS = ("auto", *delimited.FORMATS, "csv", "mooncake", "ours")
+FORMATS = ("auto", *delimited.FORMATS, "mooncake", "ours")
 ROLE_NAMES = {"ts": "timestamp", "prompt": "prompt_tokens", "output": "output_tokens"}
 """Short names that `columns` also takes for roles."""
 
@@ -100,7 +100,7 @@ def _roles(columns: dict[str, str]) -> dict[str, str]:
 
 
 def _json_parser(name, first, format, roles, *, images, rejects, table) -> tuple[jsonl.ObjectParser, str]:
-    if format in (*delimited.FORMATS, "csv"):
+    if format in delimited.FORMATS:
         raise TraceError(f"{name}:1: format {format} is a table, this is JSON lines; leave the format to auto")
     if format == "auto":
         line = first.lstrip().partition(b"\n")[0]
@@ -123,7 +123,7 @@ def _csv_parser(name, header, format, roles, *, images, rejects, table) -> tuple
     if foreign:
         raise TraceError(f"--columns: a table has no column {foreign[0]!r}; one of {', '.join(delimited.ROLES)}")
     layout = delimited.find_layout(name, header, format, roles)
-    squares = layout.format == "azure" and layout.title.get("images", "").casefold() == "numimages"
+    squares = layout.title.get("images", "").casefold() == "numimages"
     limits, note = image_limits(images, squares)
     return delimited.RowParser(layout, limits, rejects, table), note if "images" in layout.position else ""
 

@@ -57,7 +57,7 @@ class Rejects:
         """The sentence for the report; empty when nothing was dropped."""
         if not self.dropped:
             return ""
-        return f"dropped {self.dropped} bad rows of {self.dropped + kept}; the first: {self.first}"
+        return f"dropped {self.dropped} of {self.dropped + kept} rows as bad; the first: {self.first}"
 
 
 @dataclass
