@@ -58,11 +58,12 @@ class Cohort:
     def pages_for(self, steps: int) -> int:
         """Pages that all members together take in the next `steps` steps."""
         rounds, rest = divmod(steps, self._page)
-        pages = rounds * len(self.members)
-        phase, start = self._phase, -self.tick
-        for offset in range(rest):
-            pages += phase[(start - offset) % self._page]
-        return pages
+        phase, first = self._phase, -self.tick % self._page
+        # The phases first, first - 1, ... come due one after another and wrap around below 0.
+        due = phase[max(0, first - rest + 1) : first + 1] if rest else ()
+        if rest > first + 1:
+            due = due + phase[first + 1 - rest :]
+        return rounds * len(self.members) + sum(due)
 
     def steps_to_end(self) -> int:
         """Steps until the first member ends; the cohort must not be empty."""

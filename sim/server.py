@@ -16,7 +16,7 @@ from policies.invariants import InvariantError, check, check_idle
 from policies.journal import Journal
 from policies.ledger import Ledger
 from policies.plan import Plan, Work
-from simpy.events import URGENT, Event
+from simpy.events import URGENT, Event, Timeout
 from traces.request import Request
 
 from sim.latency import Run, run
@@ -72,11 +72,12 @@ class Server:
 
     # -- the loop -------------------------------------------------------------------------------------------------------
     def _serve(self):
-        env, ledger, policy = self.env, self.ledger, self.policy
+        env, ledger, policy, cost = self.env, self.ledger, self.policy, self.cost
         while True:
             if not ledger.has_work():
                 yield self._sleep(None)
-            now_ns = env.now // PS_PER_NS
+            start_ps = env.now
+            now_ns = start_ps // PS_PER_NS
             plan = policy.decide(ledger.view(now_ns))
             if self.check_invariants:
                 check_idle(ledger, plan)
@@ -94,15 +95,14 @@ class Server:
                 most = ledger.lease_steps()
                 until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
                 wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps)
-            start_ps = env.now
-            jump = run(self.cost, work, most, wake_ps - start_ps)
-            yield env.timeout(jump.total_ps)
+            jump = run(cost, work, most, wake_ps - start_ps)
+            yield Timeout(env, jump.total_ps)
             self._commit(plan, work, jump, start_ps)
 
     def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
-        journal, end_ps = self.journal, self.env.now
+        journal = self.journal
+        self.last_ps = end_ps = start_ps + jump.total_ps
         self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ps // PS_PER_NS)
-        self.last_ps = end_ps
         decodes = work.decodes
         for first, growth, steps in jump.pieces:
             journal.gap_run(first, growth, steps, decodes)
