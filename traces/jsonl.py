@@ -117,15 +117,12 @@ class ObjectParser:
                 text = raw.decode("utf-8").strip()
                 row = parse_object(text) if text else None
                 if row is not None and line == 1 and HEADER_KEY in row:
-                    self._read_header(row)
+                    self._take_header(row)
                     row = None
             except UnicodeDecodeError as error:
                 text = raw.decode("utf-8", "replace")
                 self.rejects.add(line, BadCell("(row)", text, f"is not UTF-8: {error.reason}"))
             except BadCell as error:
-                if line == 1 and error.column in ("adapters", "header"):  # without its table the file means nothing
-                    where = f"{self.rejects.source}:1: {error.column}"
-                    raise TraceError(f"{where}: {shown(error.value)} {error.why}") from None
                 self.rejects.add(line, error)
             else:
                 if row is not None:
@@ -291,6 +288,13 @@ class ObjectParser:
         if sum(tokens) > prompt_tokens:
             raise BadCell("prefix", segments, f"is longer than the prompt of {prompt_tokens} tokens")
         return tuple(zip(keys, tokens, strict=True))
+
+    def _take_header(self, row: dict) -> None:
+        try:
+            self._read_header(row)
+        except BadCell as error:  # never skipped: without its table the file means nothing
+            where = f"{self.rejects.source}:1: {error.column}"
+            raise TraceError(f"{where}: {shown(error.value)} {error.why}") from None
 
     def _read_header(self, row: dict) -> None:
         if row[HEADER_KEY] != HEADER_VALUE:
