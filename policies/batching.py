@@ -25,8 +25,21 @@ class Batch:
     """
 
     __slots__ = (
-        "_needed", "_promised", "aborts", "decodes", "evicts", "free", "loads", "merged", "mode", "on_demand",
-        "prefills", "preempts", "slots", "tokens", "view",
+        "_needed",
+        "_promised",
+        "aborts",
+        "decodes",
+        "evicts",
+        "free",
+        "loads",
+        "merged",
+        "mode",
+        "on_demand",
+        "preempts",
+        "prefills",
+        "slots",
+        "tokens",
+        "view",
     )  # fmt: skip
 
     def __init__(self, view: View, decodes: tuple[int, ...], mode: int = UNMERGED, merged: int = -1, *, on_demand: bool = True):

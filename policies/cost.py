@@ -14,10 +14,9 @@ from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
 
-from traces.request import Adapter
-
 from policies.plan import BASE, MERGED, MIXTURE, Work
 from policies.profile import Profile
+from traces.request import Adapter
 
 PS_PER_US = 1_000_000
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+
 from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 CHUNK = 65_536

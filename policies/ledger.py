@@ -7,15 +7,14 @@ costs O(1) per request touched. It knows no latencies and no clock but the times
 
 from __future__ import annotations
 
-from traces.request import Request
-
 from policies.cohort import Cohort
 from policies.cost import Cost
 from policies.journal import Journal
-from policies.plan import MERGED, MIXTURE, UNMERGED, Plan, Work
+from policies.plan import MIXTURE, UNMERGED, Plan, Work
 from policies.pool import Pool
 from policies.rules import judge
 from policies.view import DECODING, ENDED, PREFILLING, WAITING, Entry, Limits, View
+from traces.request import Request
 
 COMPLETED, ABORTED, UNSERVABLE, FAILED = range(4)
 
@@ -275,7 +274,7 @@ class Ledger:
                 rows[entry.adapter] = rows.get(entry.adapter, 0) + chunk
                 outputs += entry.kv + chunk == entry.target and not entry.head
         lora_rows = adapters = rank = ranks = 0
-        if plan.mode == UNMERGED or plan.mode == MIXTURE:
+        if plan.mode in (UNMERGED, MIXTURE):
             lora_rows, adapters, rank, ranks = self._branches(rows, decodes + prefill_tokens, plan.merged)
         return Work(plan.mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_rows, adapters,
                     rank, ranks, switch_rank, outputs)

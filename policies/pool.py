@@ -67,9 +67,7 @@ class Pool:
             self._reclaim(pages - self.unused)
         self.unused -= pages
         self.kv += pages
-        used = self.pages - self.unused
-        if used > self.peak:
-            self.peak = used
+        self.peak = max(self.peak, self.pages - self.unused)
 
     def give(self, pages: int) -> None:
         """Move `pages` from KV back to free."""

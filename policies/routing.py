@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from traces.request import Request
-
 from policies.ledger import Ledger
+from traces.request import Request
 
 Router = Callable[[Request, Sequence[Ledger], int], int]
 """(request, the replicas' ledgers, requests routed so far) -> number of the replica. Must not change the ledgers."""

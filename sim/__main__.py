@@ -19,14 +19,13 @@ from policies.plan import PlanError
 from policies.profile import Profile, ProfileError, load_profile
 from policies.routing import ROUTERS
 from policies.view import Limits
-from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, not_negative, positive
+from sim.cluster import SimConfig, simulate
+from sim.progress import Progress
+from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, positive
 from traces.record import parse_goodput, per_adapter, summarize
 from traces.request import Trace, TraceError
 from traces.result_files import FIGURES, ResultError, check_target, write_results
 from traces.result_tables import render_per_adapter, render_table
-
-from sim.cluster import SimConfig, simulate
-from sim.progress import Progress
 
 PROFILES = Path(__file__).parent / "profiles"
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
@@ -167,6 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PlanError, InvariantError) as error:
         print(f"{parser.prog}: invariant broken: {error}", file=sys.stderr)
         return 3
+    except BrokenPipeError:  # the reader of stdout, `head` say, has seen enough
+        sys.stdout = None
+        return 0
     except (TraceError, PolicyError, ProfileError, ResultError, ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

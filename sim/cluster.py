@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import simpy
+
 from policies import Policy
 from policies.cost import Cost
 from policies.invariants import InvariantError
@@ -21,10 +22,9 @@ from policies.pool import Pool
 from policies.profile import Profile, ProfileError
 from policies.routing import ROUTERS
 from policies.view import Limits
-from traces.record import RunResult
-from traces.request import NO_ADAPTER, Trace
-
 from sim.server import FOREVER_PS, PS_PER_NS, Server, at
+from traces.record import STATUS, RunResult
+from traces.request import NO_ADAPTER, Trace
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SimConfig:
     keep_steps: record one row a lease. check_invariants: prove the ledger after every step.
     """
 
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     operator: str | None = None
     page_tokens: int = 16
     memory_share: float = 1.0
@@ -88,6 +88,12 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     }
     record = result([s.journal for s in servers], policy=policy.name, operator=operator, counters=counters,
                     config=_resolved(trace, policy, profile, config, cost))  # fmt: skip
+    refused = int((record.requests["status"] == STATUS.index("unservable")).sum())
+    if refused:
+        record.config["notes"].append(
+            f"{refused} requests pass the model's context of {config.limits.max_context} tokens or the memory pool and were "
+            "refused as unservable; --clip shortens them"
+        )
     record.requests["task"] = trace.task.astype(np.int64)
     return record
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import simpy
+from simpy.events import URGENT, Event, Timeout
+
 from policies import Policy
 from policies.cost import Cost
 from policies.invariants import InvariantError, check, check_idle
 from policies.journal import Journal
 from policies.ledger import Ledger
 from policies.plan import Plan, Work
-from simpy.events import URGENT, Event, Timeout
-from traces.request import Request
-
 from sim.latency import Run, run
+from traces.request import Request
 
 PS_PER_NS = 1000
 FOREVER_PS = 1 << 62
