@@ -2,7 +2,7 @@
 
     python -m kernels.switch_bench --out switch.csv            # LLaVA-1.5-7B's q, k, v, o; ranks 16 to 256
     python -m kernels.switch_bench --model qwen2-vl-7b         # narrow k and v (GQA)
-    python -m kernels.switch_bench --sweep --ranks 64          # every tile for one rank, to choose merge.TILES again
+    python -m kernels.switch_bench --sweep --ranks 64          # every tile for some ranks, to choose merge.TILES again
 
 A row is one way to switch; ms is the median over runs timed by CUDA events; GB/s counts the bytes that a switch must
 move at least (each touched matrix read and written once, the factors read once), so that all ways compare. The copy row
@@ -19,7 +19,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kernels.merge import NO_SLOT, Factors, Tile, WeightSwitch, switch_kernel
+from kernels.merge import FORMS, NO_SLOT, Factors, Tile, WeightSwitch, switch_kernel
 
 MODELS = {  # layers, then (d_out, d_in) of q, k, v, o in each
     "llava-7b": (32, ((4096, 4096), (4096, 4096), (4096, 4096), (4096, 4096))),
@@ -36,21 +36,18 @@ MODELS = {  # layers, then (d_out, d_in) of q, k, v, o in each
 }
 COLUMNS = ("form", "model", "rank", "layers", "ms", "ms_min", "gb_per_s", "moved_bytes", "error", "launches",
            "switches", "changed_share", "mean_drift", "max_drift")
-SWEEP = [
-    Tile(rows, columns, steps, stages, warps)
-    for (rows, columns, warps), steps, stages in itertools.product(
-        ((64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)),
-        (8, 32), (2, 3, 4),
-    )
-]
+SWEEP_SHAPES = (  # rows, columns, warps
+    (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8),
+)
+SWEEP_WIDTHS = (1024, 4096)  # columns that one program walks
 SHARED_BYTES = 227 << 10  # of one program on Hopper
 
 
 class World(NamedTuple):
-    """Random weights of one model as views of one stack (so that a batched matmul can be a rival), and two adapters."""
+    """Random weights of one model as views of one stack (so that a batched matmul can be a rival), and adapters."""
 
     model: str
-    rank: int
+    rank: int  # of the first adapter
     weights: list[torch.Tensor]
     golden: list[torch.Tensor]
     stack: torch.Tensor | None  # [matrices, d_out, d_in] where all have one shape
@@ -58,8 +55,8 @@ class World(NamedTuple):
     adapters: list[list[Factors]]
 
 
-def make_world(model: str, rank: int, adapters: int = 2, seed: int = 0) -> World:
-    """Weights of standard deviation 0.02, factors such that a delta is a tenth of the weights; bf16, on the GPU."""
+def make_world(model: str, ranks: Sequence[int], seed: int = 0) -> World:
+    """Weights of standard deviation 0.02, an adapter a rank with a delta of a tenth of that; bf16, on the GPU."""
     layers, widths = MODELS[model]
     shapes = list(widths) * layers
     g = torch.Generator("cuda").manual_seed(seed)
@@ -70,14 +67,16 @@ def make_world(model: str, rank: int, adapters: int = 2, seed: int = 0) -> World
     def views(buffer):
         return [buffer[lo:hi].view(shape) for lo, hi, shape in zip(offsets, offsets[1:], shapes, strict=False)]
 
-    def factor(width):
+    def factor(rank, width):
         return torch.empty((rank, width), dtype=torch.bfloat16, device="cuda").normal_(generator=g)
 
-    scale = 0.002 / math.sqrt(rank)
-    pairs = [[Factors(factor(d_in), factor(d_out), scale) for d_out, d_in in shapes] for _ in range(adapters)]
+    pairs = [
+        [Factors(factor(rank, d_in), factor(rank, d_out), 0.002 / math.sqrt(rank)) for d_out, d_in in shapes]
+        for rank in ranks
+    ]
     square = len(set(shapes)) == 1
     stacks = [buffer.view(len(shapes), *shapes[0]) if square else None for buffer in (flat, golden_flat)]
-    return World(model, rank, views(flat), views(golden_flat), *stacks, pairs)
+    return World(model, ranks[0], views(flat), views(golden_flat), *stacks, pairs)
 
 
 def gpu_ms(call: Callable[[], None], repeats: int, back: Callable[[], None] | None = None) -> list[float]:
@@ -95,10 +94,11 @@ def gpu_ms(call: Callable[[], None], repeats: int, back: Callable[[], None] | No
     return [start.elapsed_time(stop) for start, stop in events[2:]]
 
 
-def relative_error(world: World, truth: Callable[[int], torch.Tensor]) -> float:
-    """Relative error of all weights against `truth(entry)`, in float32."""
+def relative_error(world: World, truth: Callable[[int], torch.Tensor], every: int = 1) -> float:
+    """Relative error of the weights (of one matrix in `every`) against `truth(entry)`, in float32."""
     off = norm = 0.0
-    for entry, weight in enumerate(world.weights):
+    for entry in range(0, len(world.weights), every):
+        weight = world.weights[entry]
         want = truth(entry)
         off += float((weight.float() - want).square().sum())
         norm += float(want.square().sum())
@@ -131,7 +131,7 @@ def fresh_switch(world: World, form: str) -> WeightSwitch:
 
 def switch_rows(world: World, repeats: int) -> Iterator[dict]:
     """Our forms: merge, restore and change, from the golden copy and in place."""
-    for form in ("golden", "in_place"):
+    for form in FORMS:
         switch = fresh_switch(world, form)
         for name, before, after in (("merge", NO_SLOT, 0), ("restore", 0, NO_SLOT), ("change", 0, 1)):
             switch.to(before)
@@ -193,14 +193,14 @@ def timed(spans: list[float]) -> dict[str, float]:
     return {"ms": round(statistics.median(spans), 4), "ms_min": round(min(spans), 4)}
 
 
-def drift_rows(model: str, rank: int, switches: int, adapters: int) -> Iterator[dict]:
-    """What `switches` changes over `adapters` slots leave of the weights, the last adapter taken out again.
+def drift_rows(model: str, ranks: Sequence[int], switches: int) -> Iterator[dict]:
+    """What `switches` changes over adapters of these ranks leave of the weights, the last adapter taken out again.
 
     changed_share: elements that differ from the golden copy. mean_drift: mean |W - golden| over mean |golden|.
     max_drift: the largest |W - golden|.
     """
-    world = make_world(model, rank, adapters)
-    for form in ("golden", "in_place"):
+    world, adapters = make_world(model, ranks), len(ranks)
+    for form in FORMS:
         switch = fresh_switch(world, form)
         for i in range(switches):
             switch.to(i % adapters)
@@ -216,26 +216,39 @@ def drift_rows(model: str, rank: int, switches: int, adapters: int) -> Iterator[
                   changed_share=round(changed / total, 4), mean_drift=f"{drift / size:.2e}", max_drift=f"{most:.2e}")
 
 
-def sweep_rows(world: World, repeats: int) -> Iterator[dict]:
-    """Every tile of SWEEP that fits, for a merge from the golden copy. All are compiled first, on all cores."""
-    switch = WeightSwitch(world.weights, golden=world.golden, slots=1)
-    switch.register(0, world.adapters[0])
-    moved = switch.moved_bytes(0, NO_SLOT)
-    tiles = [t for t in SWEEP if 2 * t.rows * (world.rank + t.stages * t.columns)
-             + 2 * t.stages * world.rank * t.columns < SHARED_BYTES]
+def sweep_tiles(rank: int, subtracts: bool) -> Iterator[Tile]:
+    """Every tile of the sweep whose stages and factors fit in shared memory at this padded rank."""
+    ranks = rank * (2 if subtracts else 1)
+    for (rows, columns, warps), width in itertools.product(SWEEP_SHAPES, SWEEP_WIDTHS):
+        for stages in (2, 3) if ranks >= 128 else (3, 4):
+            if 2 * (stages * columns * (rows + ranks) + ranks * rows) <= SHARED_BYTES:
+                yield Tile(rows, columns, width // columns, stages, warps)
+
+
+def sweep_rows(model: str, ranks: Sequence[int], repeats: int) -> Iterator[dict]:
+    """Every tile for a merge from the golden copy and for a change in place. All are compiled first, on all cores."""
+    world = make_world(model, [rank for rank in ranks for _ in range(2)])
+    runs = []
+    for form in FORMS:
+        switch = fresh_switch(world, form)
+        for i, rank in enumerate(ranks):
+            plus, minus = (2 * i, NO_SLOT) if form == "golden" else (2 * i + 1, 2 * i)
+            runs += [(switch, rank, plus, minus, tile) for tile in sweep_tiles(rank, minus != NO_SLOT)]
     with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor, ignore_errors=True):
-        for tile in tiles:
-            grid, args, options = switch.arguments(0, NO_SLOT, tile)
+        for switch, _, plus, minus, tile in runs:
+            grid, args, options = switch.arguments(plus, minus, tile)
             switch_kernel.warmup(*args, grid=grid, **options)
-    for tile in tiles:
-        name = "tile_" + "x".join(map(str, tile))
+    for switch, rank, plus, minus, tile in runs:
+        change = "merge_golden" if minus == NO_SLOT else "change_in_place"
+        name = f"{change} tile {'x'.join(map(str, tile))}"
         try:
-            spans = gpu_ms(lambda tile=tile: switch.launch(0, NO_SLOT, tile), repeats)
+            spans = gpu_ms(lambda s=switch, p=plus, m=minus, t=tile: s.launch(p, m, t), repeats)
         except triton.runtime.errors.OutOfResources as full:
             print(f"{name}: {full}", file=sys.stderr)
             continue
-        error = relative_error(world, merged_truth(world, 0))
-        yield row(name, world, **timed(spans), moved_bytes=moved, error=f"{error:.2e}", launches=1)
+        error = f"{relative_error(world, merged_truth(world, plus), every=16):.2e}" if minus == NO_SLOT else ""
+        moved = switch.moved_bytes(plus, minus)
+        yield row(name, world, rank=rank, **timed(spans), moved_bytes=moved, error=error, launches=1)
 
 
 def provenance(argv: list[str]) -> list[str]:
@@ -283,15 +296,16 @@ def main(argv: list[str]) -> int:
 
 def all_rows(args: argparse.Namespace) -> Iterator[dict]:
     """The rows that the arguments ask for, in order; one world of weights on the GPU at a time."""
+    if args.sweep:
+        yield from sweep_rows(args.model, args.ranks, args.repeats)
+        return
     for rank in args.ranks:
-        world = make_world(args.model, rank)
-        if args.sweep:
-            yield from sweep_rows(world, args.repeats)
-            continue
+        world = make_world(args.model, [rank, rank])
         yield from switch_rows(world, args.repeats)
         yield from rival_rows(world, args.repeats)
-    if args.drift and not args.sweep:
-        yield from drift_rows(args.model, 64, args.drift, 8)
+        del world
+    if args.drift:
+        yield from drift_rows(args.model, [64] * 8, args.drift)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ GATHER_TRAFFIC = 3  # read from the pool, written to the gathered copy, read by 
 
 
 @triton.jit
-def _keep_own(  # noqa: PLR0917
+def _keep_own(
     v_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, scale_ptr, v_stride,
     GATHERED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):
@@ -53,7 +53,7 @@ def _keep_own(  # noqa: PLR0917
 
 
 @triton.jit
-def _gather(  # noqa: PLR0917
+def _gather(
     source_ptr, out_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, source_stride,
     R: tl.constexpr, BR: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):

@@ -18,14 +18,14 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from kernels.baselines.inputs import checked, segments
+from kernels.baselines.inputs import checked, lies_sorted, segments
 from kernels.batch import Key, LoraBatch, LoraPool
 
 CAPTURE = "free"
 
 
 @triton.jit(do_not_specialize=["last_slot"])
-def _scatter_add(  # noqa: PLR0917
+def _scatter_add(
     y_ptr, branch_ptr, perm_ptr, index_ptr, scale_ptr, ends_ptr, last_slot, y_stride,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):
@@ -49,7 +49,7 @@ def op(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: 
     if not batch.tokens or not batch.adapters:
         return
     ends = segments(batch).ends
-    x_sorted = x.index_select(0, batch.perm[: batch.tokens])
+    x_sorted = x if lies_sorted(batch) else x.index_select(0, batch.perm[: batch.tokens])
     for a_slice, b_slice, y_slice in zip(a, *(t.split(projection.widths, dim=1) for t in (b, y)), strict=True):
         v = functional.grouped_mm(x_sorted, stacked(a_slice, pool).transpose(1, 2), offs=ends)
         branch = functional.grouped_mm(v, stacked(b_slice, pool), offs=ends)

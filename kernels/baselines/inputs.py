@@ -48,7 +48,7 @@ def _rows_up_to(index_ptr, perm_ptr, tokens, slot, HALVINGS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots"])
-def _segments_kernel(  # noqa: PLR0917
+def _segments_kernel(
     index_ptr, perm_ptr, state_ptr, slot_ptr, start_ptr, stop_ptr, ends_ptr, slots,
     SLOTS: tl.constexpr, HALVINGS: tl.constexpr,
 ):
@@ -92,6 +92,13 @@ def refresh(batch: LoraBatch) -> Segments:
     )
     _CACHE[batch] = (batch.segments, table)
     return table
+
+
+def lies_sorted(batch: LoraBatch) -> bool:
+    """Whether the rows of this step already lie in the order of `perm`. Never for a batch that was fixed for a graph,
+    whose replays bring other rows."""
+    index = batch.host_index
+    return batch._fixed is None and bool((index >= 0).all() and (index[1:] >= index[:-1]).all())
 
 
 def checked(

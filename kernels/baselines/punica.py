@@ -31,7 +31,7 @@ EXPAND_ROWS, EXPAND_COLUMNS = 32, 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _bgmv_shrink(  # noqa: PLR0917
+def _bgmv_shrink(
     x_ptr, a_ptr, v_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, x_stride, a_slice, tokens,
     D_IN: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):
@@ -55,7 +55,7 @@ def _bgmv_shrink(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def bgmv_expand(  # noqa: PLR0917
+def bgmv_expand(
     y_ptr, v_ptr, b_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, scale_ptr, y_stride, tokens,
     D_OUT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):
@@ -77,7 +77,7 @@ def bgmv_expand(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sgmv_shrink(  # noqa: PLR0917
+def _sgmv_shrink(
     x_ptr, a_ptr, v_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, x_stride, a_slice, tokens,
     D_IN: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
 ):
@@ -108,7 +108,7 @@ def _sgmv_shrink(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sgmv_expand(  # noqa: PLR0917
+def _sgmv_expand(
     y_ptr, v_ptr, b_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, scale_ptr, y_stride, tokens,
     D_OUT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -30,7 +30,7 @@ MBGMM_ROWS, MBGMM_RANK, MBGMM_K, MBGMM_COLUMNS = 32, 16, 128, 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _mbgmv_shrink(  # noqa: PLR0917
+def _mbgmv_shrink(
     x_ptr, a_ptr, v_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, x_stride, a_slice, tokens,
     D_IN: tl.constexpr, R: tl.constexpr, BK: tl.constexpr,
 ):
@@ -53,7 +53,7 @@ def _mbgmv_shrink(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _mbgmm_shrink(  # noqa: PLR0917
+def _mbgmm_shrink(
     x_ptr, a_ptr, v_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, x_stride, a_slice, tokens,
     BLOCKS: tl.constexpr,
     D_IN: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
@@ -84,7 +84,7 @@ def _mbgmm_shrink(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _mbgmm_expand(  # noqa: PLR0917
+def _mbgmm_expand(
     y_ptr, v_ptr, b_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, scale_ptr, y_stride, tokens,
     D_OUT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

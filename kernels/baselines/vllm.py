@@ -42,7 +42,7 @@ def shrink_tile(tokens: int, d_in: int) -> ShrinkTile:
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles"])
-def _shrink(  # noqa: PLR0917
+def _shrink(
     x_ptr, a_ptr, v_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, x_stride, a_slice, tokens,
     tiles,
     D_IN: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
@@ -72,7 +72,7 @@ def _shrink(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _expand(  # noqa: PLR0917
+def _expand(
     y_ptr, v_ptr, b_ptr, perm_ptr, slot_ptr, start_ptr, stop_ptr, offset_ptr, rank_ptr, scale_ptr, y_stride, tokens,
     D_OUT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -17,16 +17,19 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def draw(g, dtype, *shape):
+    return torch.randn(shape, generator=g).to(DEVICE, dtype)
+
+
 def world(dtype, ranks=(4, 16, 5), form="golden", seed=0):
     """Three matrices and, in slots 0.., adapters of the given ranks; the last leaves the second matrix alone."""
     g = seeded(seed)
-    weights = [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in WIDTHS]
+    weights = [draw(g, dtype, *shape) for shape in WIDTHS]
     switch = WeightSwitch(weights, slots=len(ranks), form=form)
     adapters = []
     for slot, rank in enumerate(ranks):
         factors = [
-            Factors(*(torch.randn((rank, width), generator=g).to(DEVICE, dtype) for width in (d_in, d_out)), 0.5 + slot)
-            for d_out, d_in in WIDTHS
+            Factors(draw(g, dtype, rank, d_in), draw(g, dtype, rank, d_out), 0.1 + slot / 10) for d_out, d_in in WIDTHS
         ]
         if slot == len(ranks) - 1:
             factors[1] = None
@@ -80,6 +83,17 @@ def test_in_place_adds_the_new_and_subtracts_the_old_in_one_pass(dtype):
         assert error(weight, golden[entry].float()) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_change_in_place_is_a_restore_and_a_merge_bit_for_bit(dtype):
+    direct, _ = world(dtype, form="in_place")
+    stepwise, _ = world(dtype, form="in_place")
+    for slot in (0, 1, 2, 1):
+        direct.to(slot)
+        stepwise.to(NO_SLOT)
+        stepwise.to(slot)
+    assert all(torch.equal(a, b) for a, b in zip(direct.weights, stepwise.weights, strict=True))
+
+
 def test_in_place_drifts_where_golden_does_not():
     drift = {}
     for form in merge.FORMS:
@@ -95,11 +109,11 @@ def test_in_place_drifts_where_golden_does_not():
 def test_mixed_ranks_up_to_256_share_a_launch(ranks):
     dtype = torch.float32
     g = seeded(3)
-    weight, other = (torch.randn((32, 64), generator=g).to(DEVICE, dtype) for _ in range(2))
+    weight, other = (draw(g, dtype, 32, 64) for _ in range(2))
     switch = WeightSwitch([weight, other], slots=len(ranks) + 1, form="in_place")
     truth = weight.float().clone()
     for slot, rank in enumerate((*ranks, 7)):
-        pair = Factors(*(torch.randn((rank, width), generator=g).to(DEVICE, dtype) for width in (64, 32)), 0.1)
+        pair = Factors(draw(g, dtype, rank, 64), draw(g, dtype, rank, 32), 0.1)
         switch.register(slot, [pair, None])
         switch.to(slot)
         assert error(weight, truth + delta(pair)) < 1e-3
@@ -120,11 +134,11 @@ def test_a_pool_of_fused_projections_is_merged_where_it_lies():
     projection = Projection(32, (48, 16, 24))
     pool = LoraPool({"qkv": projection}, layers=2, slots=2, rows=64, dtype=torch.float16, device=DEVICE)
     g, keys = seeded(5), [(0, "qkv"), (1, "qkv")]
-    fused = [torch.randn((88, 32), generator=g).to(DEVICE, torch.float16) for _ in keys]
+    fused = [draw(g, torch.float16, 88, 32) for _ in keys]
     for slot, rank in enumerate((9, 20)):
         shapes = [((rank, 32), (rank, width)) for width in projection.widths]
-        draw = {key: [tuple(torch.randn(s, generator=g).half() for s in pair) for pair in shapes] for key in keys}
-        pool.put(slot, draw, scale=0.25)
+        drawn = {key: [tuple(draw(g, torch.float16, *s) for s in pair) for pair in shapes] for key in keys}
+        pool.put(slot, drawn, scale=0.25)
     golden = [w.clone() for w in fused]
     switch = WeightSwitch([part for w in fused for part in w.split(projection.widths)], slots=2)
     switch.register(1, pool_factors(pool, 1, keys))
