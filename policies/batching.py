@@ -21,7 +21,7 @@ class Batch:
     """What one step may still take. decodes: the requests that get a token anyway, most urgent first.
 
     mode, merged: of the plan; in merged mode only requests of `merged` may be added. Decodes beyond max_batch are left
-    out. on_demand: load the adapter of a request when `add` reaches it.
+    out. `add` loads the adapter of a request that it reaches.
     """
 
     __slots__ = (
@@ -34,7 +34,7 @@ class Batch:
         "loads",
         "merged",
         "mode",
-        "on_demand",
+       
         "preempts",
         "prefills",
         "slots",
@@ -42,11 +42,10 @@ class Batch:
         "view",
     )  # fmt: skip
 
-    def __init__(self, view: View, decodes: tuple[int, ...], mode: int = UNMERGED, merged: int = -1, *, on_demand: bool = True):
+    def __init__(self, view: View, decodes: tuple[int, ...], mode: int = UNMERGED, merged: int = -1):
         self.view = view
         self.mode = mode
         self.merged = merged
-        self.on_demand = on_demand
         limits = view.limits
         if len(decodes) > limits.max_batch:
             decodes = decodes[: limits.max_batch]
@@ -124,8 +123,7 @@ class Batch:
         view, adapter = self.view, entry.adapter
         if adapter >= 0 and adapter != self.merged:
             if not view.is_resident(adapter) or adapter in self.evicts:
-                if self.on_demand:
-                    self.load(adapter)
+                self.load(adapter)
                 return True  # it does not hold up those behind it
             if self.mode == MERGED:
                 return True
@@ -156,7 +154,7 @@ class Batch:
         return True
 
     def _admits(self, pages: int) -> bool:
-        """True if a new request of `pages` pages fits beside the rest of the prefills under way; evicts for it if need be."""
+        """True if a new request of `pages` pages fits beside the prefills under way; evicts for it if need be."""
         view = self.view
         if self._promised < 0:
             page = view.page_tokens
@@ -189,7 +187,7 @@ def only_decode(view: View, mode: int = UNMERGED) -> Plan:
 
 
 def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
-    """Start the copies of the adapters of the first `depth` entries, so that they are here when their turn comes (S-LoRA)."""
+    """Start the copies of the first `depth` entries' adapters, so that they are here when their turn comes (S-LoRA)."""
     for entry, _ in zip(entries, range(depth), strict=False):
         if entry.adapter >= 0 and not batch.load(entry.adapter):
             break

@@ -163,7 +163,7 @@ class Cost:
 
     # -- a step -----------------------------------------------------------------------------------------------------
     def fixed(self, work: Work) -> tuple[int, int, int, int, int, int]:
-        """(linear, prefill attention, vision, lora, host, switch) of the first step in ps: all but the decodes' attention."""
+        """(linear, prefill attention, vision, lora, host, switch) of a first step in ps: all but the decodes' attention."""
         if not work.prefills and not work.switch_rank:
             return self._decode(work.decodes, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.outputs)
         attention = vision = 0

@@ -129,12 +129,13 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
     busy_ns = sum(where.values())
     where["idle"] = max(0, counters["end_ns"] * len(journals) - busy_ns)
     mode = {name: sum(j.mode_ns[i] for j in journals) for i, name in enumerate(MODES)}
+    steps = [chunk for journal in journals for chunk in journal._step_chunks]
     keep = any(journal.keep_steps for journal in journals)
     return RunResult(
         policy=policy,
         operator=operator,
         requests=_columns([c for j in journals for c in j._request_chunks], REQUEST_COLUMNS, ("id",)),
-        steps=_columns([c for j in journals for c in j._step_chunks], STEP_COLUMNS, ("start_ns", "server")) if keep else None,
+        steps=_columns(steps, STEP_COLUMNS, ("start_ns", "server")) if keep else None,
         itl=(values, counts),
         counters=dict(sorted(total.items())) | counters,
         time_ns={"mode": mode, "where": where},

@@ -208,7 +208,8 @@ class Pool:
         wrong = []
         held = sum(self.adapter_pages[adapter] for adapter in (*self.resident, *self.loading))
         if self.unused + self.kv + self.cached + held != self.pages:
-            wrong.append(f"pages: {self.unused} unused + {self.kv} kv + {self.cached} cached + {held} adapters != {self.pages}")
+            parts = f"{self.unused} unused + {self.kv} kv + {self.cached} cached + {held} adapters"
+            wrong.append(f"pages: {parts} != {self.pages}")
         if min(self.unused, self.kv, self.cached, self.reclaimable) < 0:
             wrong.append(f"negative pages: unused {self.unused}, kv {self.kv}, cached {self.cached}")
         if self.cached != sum(node.pages for node in self._nodes.values()):

@@ -25,8 +25,8 @@ class Profile:
     """Tables in microseconds; `Points` are (x, us) with x ascending.
 
     kind: "measured", "analytic", or "extrapolated" (a measured table scaled to another GPU). linear: whole forward pass
-    but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context. prefill_attention: context
-    before the chunk -> points over its tokens. vision: by images encoded together. output: LM head, by rows. lora:
+    but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context. prefill_attention:
+    context before the chunk -> points over its tokens. vision: by images encoded together. output: LM head, by rows. lora:
     operator -> {"decode" | "prefill": {rank: {adapters: points over tokens}}, "pads": bool}, the branch of all layers.
     switch: way -> points over the rank. The memory figures are bytes; image_tokens is per image.
     """
@@ -63,7 +63,8 @@ class Profile:
         if name not in entries:
             near = difflib.get_close_matches(name, entries, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ProfileError(f"profile {self.name} has no {table} table {name!r}; {hint}it has {', '.join(sorted(entries))}")
+            has = ", ".join(sorted(entries))
+            raise ProfileError(f"profile {self.name} has no {table} table {name!r}; {hint}it has {has}")
         entry = entries[name]
         return {key: value for key, value in entry.items() if key != "pads"} if table == "lora" else entry
 

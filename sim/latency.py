@@ -17,7 +17,7 @@ from policies.plan import Work
 
 
 class Run(NamedTuple):
-    """A modelled run of steps, in picoseconds. parts: (linear, attention, vision, lora, host, switch), which sum to total_ps.
+    """A modelled run of steps, in picoseconds. parts: (linear, attention, vision, lora, host, switch); they sum to total_ps.
 
     pieces: (duration of its first step, growth per step, steps) for the steps behind the first.
     """
