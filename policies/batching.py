@@ -34,7 +34,6 @@ class Batch:
         "loads",
         "merged",
         "mode",
-       
         "preempts",
         "prefills",
         "slots",

@@ -25,10 +25,10 @@ class Profile:
     """Tables in microseconds; `Points` are (x, us) with x ascending.
 
     kind: "measured", "analytic", or "extrapolated" (a measured table scaled to another GPU). linear: whole forward pass
-    but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context. prefill_attention:
-    context before the chunk -> points over its tokens. vision: by images encoded together. output: LM head, by rows. lora:
-    operator -> {"decode" | "prefill": {rank: {adapters: points over tokens}}, "pads": bool}, the branch of all layers.
-    switch: way -> points over the rank. The memory figures are bytes; image_tokens is per image.
+    but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context.
+    prefill_attention: context before the chunk -> points over its tokens. vision: by images encoded together. output: LM
+    head, by rows. lora: operator -> {"decode" | "prefill": {rank: {adapters: points over tokens}}, "pads": bool}, the
+    branch of all layers. switch: way -> points over the rank. Sizes are bytes; image_tokens is per image.
     """
 
     name: str
