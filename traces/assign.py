@@ -10,7 +10,7 @@ valora-prefix[:p]  the first floor(n p) requests in time adapter 0, the rest uni
 power:alpha        adapter floor(N x) with P(x <= t) = t^alpha; S-LoRA's synthetic traces, alpha 0.1 .. 1
 zipf:s[,q]         P(k) ~ (k + q)^-s, k = 1..N; s 0.90 fits GenTD26 (Lin et al., SoCC 2025), s 0.95 and q 1.1 service A
                    of Katz (ATC 2025)
-session            users Zipf 0.81 over 4,247, their adapters Zipf 0.90, a user's next one the same with P 0.79; GenTD26
+session[:users]    users Zipf 0.81 over 4,247, their adapters Zipf 0.90, a user's next one the same with P 0.79; GenTD26
 column, none       what the trace says; the base model
 """
 
@@ -25,7 +25,7 @@ from traces.request import NO_ADAPTER, Adapter, Trace, TraceError
 from traces.suggest import near
 
 SPECS = (
-    "uniform", "round-robin", "share:p", "valora-prefix[:p]", "power:alpha", "zipf:s[,q]", "session", "column", "none",
+    "uniform", "round-robin", "share:p", "valora-prefix[:p]", "power:alpha", "zipf:s[,q]", "session[:users]", "column", "none",
 )  # fmt: skip
 DEFAULT_SPEC = "zipf:0.9"
 MAX_ADAPTERS = 100_000
@@ -85,6 +85,7 @@ def parse_spec(spec: str) -> tuple[str, tuple[float, ...]]:
         "valora-prefix": (0, 1, 0.0, 1.0),
         "power": (1, 1, 1e-3, 1e3),
         "zipf": (1, 2, 0.0, 1e6),
+        "session": (0, 1, 1.0, 1e6),
     }.get(name, (0, 0, 0.0, 0.0))
     if not fewest <= len(values) <= most:
         raise TraceError(f"--adapter-assign {spec!r}: takes {fewest} to {most} values; write {_form(name)}")
@@ -127,13 +128,15 @@ def _zipf(rng, n: int, adapters: int, exponent: float, shift: float = 0.0) -> np
     return _draw(rng, n, _zipf_weights(adapters, exponent, shift))
 
 
-def _session(rng, n: int, adapters: int) -> np.ndarray:
+def _session(rng, n: int, adapters: int, users: float = USERS) -> np.ndarray:
     """Each request comes from a Zipf user, who keeps the adapter of his last request or draws anew.
 
     The chance of drawing anew is set so that a user's next request has the same adapter with probability STICKY, a
-    draw of the same one included. Users are independent: at high rates their sessions interleave, as real ones do.
+    draw of the same one included. Users are drawn independently, so that their sessions interleave, and the fewer
+    they are the more of a window's requests are for the same few adapters. GenTD26 had 4,247 users in 15,202 requests
+    over weeks; how many are active at once in a busy service is not known.
     """
-    user = _draw(rng, n, _zipf_weights(USERS, USER_ZIPF, 0.0))
+    user = _draw(rng, n, _zipf_weights(int(users), USER_ZIPF, 0.0))
     weights = _zipf_weights(adapters, ADAPTER_ZIPF, 0.0)
     fresh = _draw(rng, n, weights)
     same = float(np.sum((weights / weights.sum()) ** 2))

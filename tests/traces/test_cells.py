@@ -100,7 +100,9 @@ def test_seconds_never_pass_through_a_float(text, nanoseconds):
     assert cells.parse_seconds(text) == nanoseconds
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "1e309", "1e999999999", "1e-1844674407370955161605", "-1", "1,5", "0x10", "", "9" * 70, "٣"])
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "1e309", "1e999999999", "1e-1844674407370955161605", "-1", "1,5", "0x10", "", "9" * 70, "٣"]
+)
 def test_bad_seconds(text):
     with pytest.raises(ValueError, match="is "):
         cells.parse_seconds(text)
