@@ -25,7 +25,8 @@ from traces.request import NO_ADAPTER, Adapter, Trace, TraceError
 from traces.suggest import near
 
 SPECS = (
-    "uniform", "round-robin", "share:p", "valora-prefix[:p]", "power:alpha", "zipf:s[,q]", "session[:users]", "column", "none",
+    "uniform", "round-robin", "share:p", "valora-prefix[:p]", "power:alpha", "zipf:s[,q]", "session[:users]", "column",
+    "none",
 )  # fmt: skip
 DEFAULT_SPEC = "zipf:0.9"
 MAX_ADAPTERS = 100_000
@@ -133,8 +134,8 @@ def _session(rng, n: int, adapters: int, users: float = USERS) -> np.ndarray:
 
     The chance of drawing anew is set so that a user's next request has the same adapter with probability STICKY, a
     draw of the same one included. Users are drawn independently, so that their sessions interleave, and the fewer
-    they are the more of a window's requests are for the same few adapters. GenTD26 had 4,247 users in 15,202 requests
-    over weeks; how many are active at once in a busy service is not known.
+    they are the more of a window's requests are for the same few adapters. GenTD26 had 4,247 users over weeks; how many
+    are active at once in a busy service is not known.
     """
     user = _draw(rng, n, _zipf_weights(int(users), USER_ZIPF, 0.0))
     weights = _zipf_weights(adapters, ADAPTER_ZIPF, 0.0)

@@ -79,8 +79,8 @@ def test_few_users_keep_few_adapters_busy():
         picked = assign_adapters(world(), spec, adapters=256).adapter
         return np.mean([len(set(window.tolist())) for window in picked.reshape(-1, 500)])
 
-    assert busy("session:8") < 0.5 * busy("session") < 0.5 * 256
-    assert busy("session") == pytest.approx(busy("zipf:0.9"), rel=0.1)
+    assert busy("session:8") < 0.5 * busy("session")
+    assert busy("session") < 0.95 * busy("zipf:0.9")
 
 
 @pytest.mark.parametrize("spec", STOCHASTIC)
