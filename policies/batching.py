@@ -57,8 +57,10 @@ class Batch:
         self.free = view.free_pages
         self._needed: set[int] = {merged} if merged >= 0 else set()  # adapters that this plan counts on
         need = view.next_pages(decodes) if view.queued or len(decodes) > self.free else 0
-        while need > self.free and self._give_up_one(len(self.decodes) > 1):
+        while need > self.free and self._give_up_one():
             need = view.next_pages(self.decodes)
+        if need > self.free:  # one is left, and copies under way hold the rest: it waits for them
+            self.decodes, need = (), 0
         self.free -= need
         # A step that preempts admits nobody: what it freed belongs to those that stay.
         self.slots = 0 if self.preempts else limits.max_batch - len(self.decodes)
@@ -82,7 +84,7 @@ class Batch:
             self.free = free
         return True
 
-    def _give_up_one(self, may_preempt: bool) -> bool:
+    def _give_up_one(self) -> bool:
         """Evict one idle adapter or, if there is none, preempt the running request that came last. False if neither."""
         view = self.view
         for idle in view.idle_adapters:
@@ -93,7 +95,7 @@ class Batch:
         running = [view.entry(request) for request in view.decoding]
         running += view.prefilling
         running = [entry for entry in running if entry.id not in self.preempts]
-        if not may_preempt or len(running) < 2:
+        if len(running) < 2:
             return False
         last = max(running, key=lambda entry: (entry.arrival_ns, entry.id))
         self.preempts.append(last.id)
@@ -105,13 +107,15 @@ class Batch:
     def load(self, adapter: int) -> bool:
         """Start the copy of `adapter` unless it is here or on its way; evicts idle ones for it. False if nothing fits."""
         view = self.view
-        if view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads:
-            return True
-        pages = view.adapter_pages(adapter)
-        if not self._evict_for(pages):
+        if adapter in self.evicts:
             return False
-        self.loads.append(adapter)
-        self.free -= pages
+        if not (view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads):
+            pages = view.adapter_pages(adapter)
+            if not self._evict_for(pages):
+                return False
+            self.loads.append(adapter)
+            self.free -= pages
+        self._needed.add(adapter)  # nobody behind may push it out again
         return True
 
     # -- prefills -------------------------------------------------------------------------------------------------------
@@ -128,6 +132,7 @@ class Batch:
                 return True
         elif adapter < 0 and self.mode == MERGED:
             return True
+        self._needed.add(adapter)
         page = view.page_tokens
         if entry.state == WAITING:
             done = view.reusable_tokens(entry)
@@ -141,14 +146,13 @@ class Batch:
             pages = -(-(entry.kv + tokens) // page) + (-entry.kv // page)
             while pages > self.free and not self.decodes and not self.prefills and entry.id not in self.preempts:
                 # Nobody runs who could end and free pages: the request that started first must not starve.
-                if not self._give_up_one(True):
+                if not self._give_up_one():
                     break
             if pages > self.free or entry.id in self.preempts:
                 return False
         self.free -= pages
         self.slots -= 1
         self.tokens -= tokens
-        self._needed.add(adapter)
         self.prefills.append((entry.id, tokens))
         return True
 

@@ -57,7 +57,7 @@ def _memory(ledger: Ledger) -> list[str]:
         expected = 0 if entry.state == WAITING else -(-kv // page) - shared
         if pages != expected:
             wrong.append(f"request {entry.id} holds {pages} pages for {kv} tokens, expected {expected}")
-        if entry.adapter >= 0 and entry.scheduled_ns >= 0:
+        if entry.adapter >= 0 and entry.state != WAITING:
             users[entry.adapter] = users.get(entry.adapter, 0) + 1
     if held != pool.kv:
         wrong.append(f"requests hold {held} KV pages, the pool counts {pool.kv}")
@@ -72,16 +72,16 @@ def _memory(ledger: Ledger) -> list[str]:
 
 
 def check_idle(ledger: Ledger, plan: Plan) -> None:
-    """Raise InvariantError if `plan` computes nothing although something could run now: a decode always can, a waiting
-    request can if its adapter is resident and its prompt fits."""
+    """Raise InvariantError if `plan` computes nothing although something could run now: a decode can if its next page is
+    free, a waiting request if its adapter is resident and its prompt fits."""
     if plan.decodes or plan.prefills or plan.preempts:
         return
-    if ledger.decoding:
-        raise InvariantError(f"idle in mode {MODES[plan.mode]} with {len(ledger.decoding)} requests to decode")
     pool = ledger.pool
-    reserved = sum(pool.adapter_pages[adapter] for adapter in plan.loads)
-    reserved -= sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
+    room = pool.free - sum(pool.adapter_pages[adapter] for adapter in plan.loads)
+    room += sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
+    if any(ledger.next_pages((request,)) <= room for request in ledger.decoding):
+        raise InvariantError(f"idle in mode {MODES[plan.mode]} with {len(ledger.decoding)} requests to decode")
     for entry in (*ledger.prefilling.values(), *ledger.preempted.values(), *ledger.waiting.values()):
         here = entry.adapter < 0 or (entry.adapter in pool.resident and entry.adapter not in plan.evicts)
-        if here and entry.id not in plan.aborts and -(-entry.target // pool.page_tokens) <= pool.free - reserved:
+        if here and entry.id not in plan.aborts and -(-entry.target // pool.page_tokens) <= room:
             raise InvariantError(f"idle although request {entry.id} could start")

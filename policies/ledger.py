@@ -233,7 +233,7 @@ class Ledger:
                 self._unqueue(entry)
                 entry.state = PREFILLING
                 self.prefilling[request] = entry
-                if entry.adapter >= 0 and not entry.preemptions:  # a preempted request kept its hold on the adapter
+                if entry.adapter >= 0:
                     pool.use(entry.adapter)
                 if entry.scheduled_ns < 0:
                     entry.scheduled_ns = now_ns
@@ -354,6 +354,8 @@ class Ledger:
             self._forget_decoding(entry)
             self.queued += 1
         self._return_memory(entry)
+        if entry.adapter >= 0:  # it must not hold memory that those who run may need to end
+            self.pool.release(entry.adapter)
         entry.state = WAITING
         entry.target = entry.prompt_tokens + entry.generated
         entry.kv = 0
@@ -372,7 +374,7 @@ class Ledger:
 
     def _end(self, entry: Entry, status: int, now_ns: int) -> None:
         self._return_memory(entry)
-        if entry.adapter >= 0 and entry.scheduled_ns >= 0:
+        if entry.adapter >= 0 and entry.state != WAITING:
             self.pool.release(entry.adapter)
         left = self.unfinished[entry.adapter] - 1
         if left:

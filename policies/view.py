@@ -214,6 +214,11 @@ class View:
 
     @property
     def idle_adapters(self) -> Iterator[int]:
-        """Resident adapters that no started request needs and that is not folded in, least recently used first."""
+        """Resident adapters that no running request needs, least recently used first, the folded one last: the weights
+        come back from their pristine copy, so its factors may go as soon as a plan runs without it."""
         pool, merged = self._ledger.pool, self._ledger.merged
-        return (adapter for adapter in pool.resident if adapter not in pool.users and adapter != merged)
+        for adapter in pool.resident:
+            if adapter not in pool.users and adapter != merged:
+                yield adapter
+        if merged in pool.resident and merged not in pool.users:
+            yield merged
