@@ -1,18 +1,20 @@
 """What happened: one row a finished request, one row a lease, and the gaps between tokens.
 
 Written by the ledger and the driver, the same in simulator and engine; `result` turns it into the record that analysis
-reads. It decides nothing and checks nothing. Rows are flushed to numpy every 65,536 so that a million requests stay small.
+reads. It decides nothing and checks nothing. Rows are kept as machine integers, so that a million requests stay small.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 
 import numpy as np
 
 from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
-CHUNK = 65_536
+CHUNK = 1 << 20
+"""Cells after which rows are condensed."""
 PS_PER_NS = 1000
 PS_PER_US = 1_000_000
 
@@ -36,24 +38,20 @@ class Journal:
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self.mode_ns = [0, 0, 0, 0]
         self.where_ns = dict.fromkeys(PLACES, 0)
-        self._requests: list[tuple] = []
-        self._request_chunks: list[np.ndarray] = []
-        self._steps: list[tuple] = []
+        self._requests = array("q")  # rows end to end: a million tuples would cost ten times the memory
+        self._steps = array("q")
         self._step_chunks: list[np.ndarray] = []
-        self._gaps: Counter[int] = Counter()  # single gaps, in us
-        self._runs: list[tuple] = []  # (first gap ps, growth ps per step, steps, requests): runs of equal growth
+        self._runs = array("q")
+        self._gaps: Counter[int] = Counter()  # gap in us -> how many
 
     def request(self, row: tuple) -> None:
         """One request that ended; `row` in the order of REQUEST_COLUMNS."""
         self.ended += 1
-        self._requests.append(row)
-        if len(self._requests) >= CHUNK:
-            self._request_chunks.append(np.array(self._requests, np.int64))
-            self._requests.clear()
+        self._requests.extend(row)
 
     def step(self, row: tuple) -> None:
         """One lease; `row` in the order of STEP_COLUMNS, but all times in picoseconds. The places sum to the duration."""
-        self._steps.append(row)
+        self._steps.extend(row)
         if len(self._steps) >= CHUNK:
             self._flush_steps()
 
@@ -61,28 +59,30 @@ class Journal:
         """`count` requests waited `gap_ns` between two of their tokens."""
         self._gaps[(gap_ns + 500) // 1000] += count
 
-    def gap_run(self, first_ps: int, growth_ps: int, steps: int, requests: int) -> None:
-        """`requests` requests got a token after each of `steps` steps that take first, first + growth, ... picoseconds."""
-        self._runs.append((first_ps, growth_ps, steps, requests))
+    def gap_run(self, begin_ps: int, first_ps: int, growth_ps: int, steps: int, requests: int) -> None:
+        """`requests` requests got a token after each of `steps` steps, which begin at begin_ps and take first_ps, first_ps +
+        growth_ps, ... one after another."""
+        self._runs.extend((begin_ps, first_ps, growth_ps, steps, requests))
         if len(self._runs) >= CHUNK:
             self._flush_runs()
 
     def _flush_runs(self) -> None:
-        if not self._runs:
-            return
-        first, growth, steps, requests = np.array(self._runs, np.int64).T
-        offset = np.arange(steps.sum()) - np.repeat(np.cumsum(steps) - steps, steps)
-        gaps_us = (np.repeat(first, steps) + offset * np.repeat(growth, steps) + PS_PER_US // 2) // PS_PER_US
-        values, where = np.unique(gaps_us, return_inverse=True)
-        counts = np.bincount(where, weights=np.repeat(requests, steps)).astype(np.int64)
-        self._gaps.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-        self._runs.clear()
+        begin, first, growth, steps, requests = _rows(self._runs, 5).T
+        self._runs = array("q")
+        index = np.arange(steps.sum()) - np.repeat(np.cumsum(steps) - steps, steps)  # of a step in its run
+        begin, first, growth = (np.repeat(column, steps) for column in (begin, first, growth))
+        begin += index * first + growth * (index * (index - 1) // 2)
+        # Rounded as the ledger rounds the ends of single steps, so that jumping gives the same gaps as stepping.
+        gaps_ns = (begin + first + growth * index) // PS_PER_NS - begin // PS_PER_NS
+        order = np.argsort(gaps_us := (gaps_ns + 500) // 1000, kind="stable")
+        values, starts = np.unique(gaps_us[order], return_index=True)
+        if len(values):
+            counts = np.add.reduceat(np.repeat(requests, steps)[order], starts)
+            self._gaps.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
 
     def _flush_steps(self) -> None:
-        if not self._steps:
-            return
-        rows = np.array(self._steps, np.int64)
-        self._steps.clear()
+        rows = _rows(self._steps, len(STEP_COLUMNS))
+        self._steps = array("q")
         start, duration, mode = (STEP_COLUMNS.index(name) for name in ("start_ns", "duration_ns", "mode"))
         end_ns = (rows[:, start] + rows[:, duration]) // PS_PER_NS
         rows[:, start] //= PS_PER_NS
@@ -103,9 +103,10 @@ class Journal:
         """Flush everything; call once after the last row."""
         self._flush_steps()
         self._flush_runs()
-        if self._requests:
-            self._request_chunks.append(np.array(self._requests, np.int64))
-            self._requests.clear()
+
+
+def _rows(cells: array, columns: int) -> np.ndarray:
+    return np.frombuffer(cells, np.int64).reshape(-1, columns).copy()
 
 
 def _columns(chunks: list[np.ndarray], names: tuple[str, ...], order: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -134,7 +135,7 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
     return RunResult(
         policy=policy,
         operator=operator,
-        requests=_columns([c for j in journals for c in j._request_chunks], REQUEST_COLUMNS, ("id",)),
+        requests=_columns([_rows(j._requests, len(REQUEST_COLUMNS)) for j in journals], REQUEST_COLUMNS, ("id",)),
         steps=_columns(steps, STEP_COLUMNS, ("start_ns", "server")) if keep else None,
         itl=(values, counts),
         counters=dict(sorted(total.items())) | counters,

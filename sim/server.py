@@ -104,8 +104,10 @@ class Server:
         self.last_ps = end_ps = start_ps + jump.total_ps
         self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ps // PS_PER_NS)
         decodes = work.decodes
+        begin_ps = start_ps + jump.first_ps
         for first, growth, steps in jump.pieces:
-            journal.gap_run(first, growth, steps, decodes)
+            journal.gap_run(begin_ps, first, growth, steps, decodes)
+            begin_ps += steps * first + growth * (steps * (steps - 1) // 2)
         journal.step((
             journal.server, start_ps, jump.total_ps, jump.steps, plan.mode, plan.merged, decodes, len(work.prefills),
             work.prefill_tokens, work.images, work.adapters, work.context_tokens, *jump.parts,
