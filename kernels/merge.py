@@ -63,18 +63,38 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    (16, False): Tile(64, 128, 32, 3, 8),
-    (32, False): Tile(64, 128, 32, 3, 8),
+    (16, False): Tile(64, 128, 8, 4, 8),
+    (32, False): Tile(64, 128, 8, 4, 8),
     (64, False): Tile(64, 128, 32, 3, 8),
     (128, False): Tile(128, 128, 32, 3, 8),
-    (256, False): Tile(128, 64, 32, 3, 8),
-    (16, True): Tile(64, 128, 32, 3, 8),
-    (32, True): Tile(64, 128, 32, 3, 8),
-    (64, True): Tile(128, 64, 32, 3, 8),
-    (128, True): Tile(64, 64, 32, 3, 4),
-    (256, True): Tile(64, 32, 64, 2, 4),
+    (256, False): Tile(128, 64, 64, 3, 8),
+    (16, True): Tile(64, 128, 32, 4, 4),
+    (32, True): Tile(64, 128, 32, 3, 4),
+    (64, True): Tile(128, 128, 32, 3, 8),
+    (128, True): Tile(128, 64, 16, 3, 8),
 }
-"""(padded rank, whether another adapter is subtracted in the same pass) -> tile, found by `switch_bench --sweep`."""
+"""(padded rank, whether another adapter is subtracted in the same pass) -> tile: the fastest of `switch_bench --sweep`
+on an H200 in bf16. (256, True) is missing since a restore and a merge take less (7.3 ms against 8.6)."""
+
+
+def shared_bytes(tile: Tile, rank: int, subtracts: bool, itemsize: int) -> int:
+    """Shared memory of one program: the weights' and A's tiles of every stage, and B's, once per adapter."""
+    ranks = rank * (2 if subtracts else 1)
+    return itemsize * (tile.stages * tile.columns * (tile.rows + ranks) + ranks * tile.rows)
+
+
+def fitted(tile: Tile, rank: int, subtracts: bool, itemsize: int, limit_bytes: int) -> Tile:
+    """`tile`, made smaller until it fits (float32, or a GPU with less shared memory than the one it was found on)."""
+    while shared_bytes(tile, rank, subtracts, itemsize) > limit_bytes:
+        if tile.stages > 2:
+            tile = tile._replace(stages=2)
+        elif tile.columns > 32:
+            tile = tile._replace(columns=tile.columns // 2, steps=tile.steps * 2)
+        elif tile.rows > 16:
+            tile = tile._replace(rows=tile.rows // 2)
+        else:
+            raise SwitchError(f"rank {rank} needs more than the {limit_bytes} bytes of shared memory of this GPU")
+    return tile
 
 
 @triton.jit
@@ -208,20 +228,34 @@ class WeightSwitch:
         self._scales[slot].copy_(torch.tensor([f.scale if f is not None else 0.0 for f in factors]))
 
     def to(self, slot: int) -> None:
-        """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now, in one launch."""
+        """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now, in one launch (see `passes`)."""
         if slot != NO_SLOT:
             self._check_slot(slot)
             if slot not in self._kept:
                 raise SwitchError(f"slot {slot} holds no adapter; register one first")
         if slot == self.merged:
             return
-        self.launch(slot, self.merged, self.tile(slot, self.merged))
+        for plus, minus in self.passes(slot, self.merged):
+            self.launch(plus, minus, self.tile(plus, minus))
         self.merged = slot
 
+    def passes(self, plus: int, minus: int) -> list[tuple[int, int]]:
+        """(plus, minus) of each launch of a change: one, but two for ranks over 128 in place, to the same bits."""
+        if (self._padded_rank(plus, minus), self._subtracts(plus, minus)) in TILES:
+            return [(plus, minus)]
+        return [(NO_SLOT, minus), (plus, NO_SLOT)]
+
     def tile(self, plus: int, minus: int) -> Tile:
-        """The tile that a change from slot `minus` to slot `plus` runs with."""
-        subtracts = self.form == "in_place" and NO_SLOT not in (plus, minus)
-        return TILES[self._padded_rank(plus, minus), subtracts]
+        """The tile of one launch."""
+        rank, subtracts = self._padded_rank(plus, minus), self._subtracts(plus, minus)
+        first = self.weights[0]
+        if not first.is_cuda:
+            return TILES[rank, subtracts]
+        limit_bytes = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
+        return fitted(TILES[rank, subtracts], rank, subtracts, first.itemsize, limit_bytes)
+
+    def _subtracts(self, plus: int, minus: int) -> bool:
+        return self.form == "in_place" and NO_SLOT not in (plus, minus)
 
     def moved_bytes(self, plus: int, minus: int) -> int:
         """Bytes that a change from `minus` to `plus` must move at least: every touched matrix read and written once,

@@ -1,7 +1,7 @@
 """Time the swift switch on this GPU beside the usual ways to merge, and measure the drift of the in-place form.
 
     python -m kernels.switch_bench --out switch.csv            # LLaVA-1.5-7B's q, k, v, o; ranks 16 to 256
-    python -m kernels.switch_bench --model qwen2-vl-7b         # narrow k and v (GQA)
+    python -m kernels.switch_bench --models qwen2-vl-7b        # narrow k and v (GQA)
     python -m kernels.switch_bench --sweep --ranks 64          # every tile for some ranks, to choose merge.TILES again
 
 A row is one way to switch; ms is the median over runs timed by CUDA events; GB/s counts the bytes that a switch must
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from kernels.merge import FORMS, NO_SLOT, Factors, Tile, WeightSwitch, switch_kernel
+from kernels.merge import FORMS, NO_SLOT, Factors, Tile, WeightSwitch, shared_bytes, switch_kernel
 
 MODELS = {  # layers, then (d_out, d_in) of q, k, v, o in each
     "llava-7b": (32, ((4096, 4096), (4096, 4096), (4096, 4096), (4096, 4096))),
@@ -40,18 +40,17 @@ SWEEP_SHAPES = (  # rows, columns, warps
     (64, 32, 4), (64, 64, 4), (64, 128, 4), (64, 128, 8), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8),
 )
 SWEEP_WIDTHS = (1024, 4096)  # columns that one program walks
-SHARED_BYTES = 227 << 10  # of one program on Hopper
 
 
 class World(NamedTuple):
-    """Random weights of one model as views of one stack (so that a batched matmul can be a rival), and adapters."""
+    """Random weights of one model, views of one buffer (so that one copy and one batched matmul can be rivals)."""
 
     model: str
     rank: int  # of the first adapter
     weights: list[torch.Tensor]
     golden: list[torch.Tensor]
-    stack: torch.Tensor | None  # [matrices, d_out, d_in] where all have one shape
-    golden_stack: torch.Tensor | None
+    flat: torch.Tensor  # what the weights are views of
+    golden_flat: torch.Tensor
     adapters: list[list[Factors]]
 
 
@@ -74,9 +73,7 @@ def make_world(model: str, ranks: Sequence[int], seed: int = 0) -> World:
         [Factors(factor(rank, d_in), factor(rank, d_out), 0.002 / math.sqrt(rank)) for d_out, d_in in shapes]
         for rank in ranks
     ]
-    square = len(set(shapes)) == 1
-    stacks = [buffer.view(len(shapes), *shapes[0]) if square else None for buffer in (flat, golden_flat)]
-    return World(model, ranks[0], views(flat), views(golden_flat), *stacks, pairs)
+    return World(model, ranks[0], views(flat), views(golden_flat), flat, golden_flat, pairs)
 
 
 def gpu_ms(call: Callable[[], None], repeats: int, back: Callable[[], None] | None = None) -> list[float]:
@@ -120,8 +117,7 @@ def merged_truth(world: World, slot: int) -> Callable[[int], torch.Tensor]:
 
 def fresh_switch(world: World, form: str) -> WeightSwitch:
     """The plain weights again, and every adapter registered."""
-    for weight, golden in zip(world.weights, world.golden, strict=True):
-        weight.copy_(golden)
+    world.flat.copy_(world.golden_flat)
     golden = world.golden if form == "golden" else None
     switch = WeightSwitch(world.weights, golden=golden, slots=len(world.adapters), form=form)
     for slot, factors in enumerate(world.adapters):
@@ -139,7 +135,7 @@ def switch_rows(world: World, repeats: int) -> Iterator[dict]:
             switch.to(after)
             error = relative_error(world, merged_truth(world, after))
             yield row(f"{name}_{form}", world, **timed(spans), moved_bytes=switch.moved_bytes(after, before),
-                      error=f"{error:.2e}", launches=1)
+                      error=f"{error:.2e}", launches=len(switch.passes(after, before)))
 
 
 def rival_rows(world: World, repeats: int) -> Iterator[dict]:
@@ -151,8 +147,7 @@ def rival_rows(world: World, repeats: int) -> Iterator[dict]:
     truth = merged_truth(world, 0)
 
     def reset():
-        for w, g in zip(weights, golden, strict=True):
-            w.copy_(g)
+        world.flat.copy_(world.golden_flat)
 
     def addmm_golden():
         for w, g, f in zip(weights, golden, factors, strict=True):
@@ -168,10 +163,10 @@ def rival_rows(world: World, repeats: int) -> Iterator[dict]:
 
     ways = {"copy": (reset, 1), "addmm_golden": (addmm_golden, len(weights)),
             "addmm_in_place": (addmm_in_place, len(weights)), "peft_merge": (peft_expression, 3 * len(weights))}
-    if world.stack is not None:
+    if len({w.shape for w in weights}) == 1:
+        stack = world.flat.view(len(weights), *weights[0].shape)
         all_b, all_a = torch.stack(b_columns), torch.stack([f.a for f in factors])
-        ways["copy"] = (lambda: world.stack.copy_(world.golden_stack), 1)
-        ways["baddbmm_in_place"] = (lambda: world.stack.baddbmm_(all_b, all_a, alpha=scale), 1)
+        ways["baddbmm_in_place"] = (lambda: stack.baddbmm_(all_b, all_a, alpha=scale), 1)
     for name, (call, launches) in ways.items():
         reset()
         call()
@@ -217,12 +212,13 @@ def drift_rows(model: str, ranks: Sequence[int], switches: int) -> Iterator[dict
 
 
 def sweep_tiles(rank: int, subtracts: bool) -> Iterator[Tile]:
-    """Every tile of the sweep whose stages and factors fit in shared memory at this padded rank."""
-    ranks = rank * (2 if subtracts else 1)
+    """Every tile of the sweep that fits in this GPU's shared memory at this padded rank."""
+    limit_bytes = torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
     for (rows, columns, warps), width in itertools.product(SWEEP_SHAPES, SWEEP_WIDTHS):
-        for stages in (2, 3) if ranks >= 128 else (3, 4):
-            if 2 * (stages * columns * (rows + ranks) + ranks * rows) <= SHARED_BYTES:
-                yield Tile(rows, columns, width // columns, stages, warps)
+        for stages in (2, 3) if rank * (1 + subtracts) >= 128 else (3, 4):
+            tile = Tile(rows, columns, width // columns, stages, warps)
+            if shared_bytes(tile, rank, subtracts, itemsize=2) <= limit_bytes:
+                yield tile
 
 
 def sweep_rows(model: str, ranks: Sequence[int], repeats: int) -> Iterator[dict]:
@@ -274,7 +270,7 @@ def write(path: Path, lines: list[str]) -> None:
 def main(argv: list[str]) -> int:
     """Run the benchmark; CSV to stdout and to --out, progress to stderr. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kernels.switch_bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="llava-7b")
+    parser.add_argument("--models", choices=MODELS, nargs="+", default=["llava-7b"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 64, 128, 256], metavar="RANK")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--drift", type=int, default=1000, metavar="SWITCHES", help="0 leaves the drift out")
@@ -296,16 +292,17 @@ def main(argv: list[str]) -> int:
 
 def all_rows(args: argparse.Namespace) -> Iterator[dict]:
     """The rows that the arguments ask for, in order; one world of weights on the GPU at a time."""
-    if args.sweep:
-        yield from sweep_rows(args.model, args.ranks, args.repeats)
-        return
-    for rank in args.ranks:
-        world = make_world(args.model, [rank, rank])
-        yield from switch_rows(world, args.repeats)
-        yield from rival_rows(world, args.repeats)
-        del world
-    if args.drift:
-        yield from drift_rows(args.model, [64] * 8, args.drift)
+    for model in args.models:
+        if args.sweep:
+            yield from sweep_rows(model, args.ranks, args.repeats)
+            continue
+        for rank in args.ranks:
+            world = make_world(model, [rank, rank])
+            yield from switch_rows(world, args.repeats)
+            yield from rival_rows(world, args.repeats)
+            del world
+        if args.drift:
+            yield from drift_rows(model, [64] * 8, args.drift)
 
 
 if __name__ == "__main__":

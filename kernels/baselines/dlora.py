@@ -5,8 +5,8 @@ matmul.
   zeroed, and y += v [B_0; B_1; ...]. Two matmuls at the library's full speed, with as many times too much arithmetic
   as there are adapters, whatever the batch asks for. As in any einsum, a NaN in one adapter's B reaches the rows of
   all (0 x NaN).
-* gather: each row's A and B are copied out of the pool, then two batched matmuls; taken where that copies less than
-  the einsum reads: three times the factors of each row against the whole pool once.
+* gather: each row's A and B are copied out of the pool, then two batched matmuls; taken where that costs less: three
+  times the factors of each row and a few launches, against the whole pool once.
 
 Simplified: the one-hot of the einsum is a kernel that zeroes in place, the scale folded in (the original einsum makes
 six kernels); mixed ranks share the pool's rows, so nothing is padded to the largest rank except by the gather.
@@ -26,6 +26,7 @@ from kernels.batch import Key, LoraBatch, LoraPool
 CAPTURE = "free"
 GATHER_RANK = 16  # rows that one gathering program copies
 GATHER_TRAFFIC = 3  # read from the pool, written to the gathered copy, read by the batched matmul
+GATHER_LAUNCH_ROWS = 2048  # its further launches cost what the einsum takes for so many rows of the pool (H200: 7 us)
 
 
 @triton.jit
@@ -77,7 +78,7 @@ def op(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: 
     checked(y, x, pool, batch, key)
     if not batch.tokens or not batch.adapters:
         return
-    gathers = GATHER_TRAFFIC * batch.tokens * padded_rank(batch) < pool.rows
+    gathers = GATHER_LAUNCH_ROWS + GATHER_TRAFFIC * batch.tokens * padded_rank(batch) < pool.rows
     (gathered if gathers else einsum)(y, x, pool, batch, key)
 
 

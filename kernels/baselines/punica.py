@@ -7,9 +7,9 @@ split of d_in and a whole segment; the expand is a grouped GEMM with one tile sh
 
 Simplified: Triton instead of CUDA and CUTLASS; slices of a fused projection share a launch (Punica launches each);
 the rank columns, like every pool of mixed ranks, are masked to each adapter's own. The split of d_in is always taken
-(the original falls back to none at rank 64 and above where its occupancy query fails). Rows choose the form: up to
-BGMV_ROWS tokens BGMV. Kept from the original: tiles never depend on the shape, so a long segment is one program's
-serial walk.
+(the original falls back to none at rank 64 and above where its occupancy query fails). Rows choose the form: BGMV up
+to BGMV_ROWS tokens or one row an adapter, which is where the two cross on an H200. Kept from the original: tiles never
+depend on the shape, so a long segment is one program's serial walk.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kernels.baselines.inputs import checked, column_block, column_blocks, padde
 from kernels.batch import Key, LoraBatch, LoraPool
 
 CAPTURE = "free"
-BGMV_ROWS = 64
+BGMV_ROWS = 16
 BGMV_SPLIT, BGMV_K, BGMV_RANK, BGMV_COLUMNS = 8, 256, 16, 128
 SGMV_SPLIT, SGMV_ROWS, SGMV_K, SGMV_RANK = 8, 64, 64, 16
 EXPAND_ROWS, EXPAND_COLUMNS = 32, 128
@@ -142,7 +142,8 @@ def op(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: 
     """y [T, d_out] += the branches of x [T, d_in], in place. Raises LoraError for inputs that do not fit."""
     checked(y, x, pool, batch, key)
     if batch.tokens and batch.adapters:
-        (bgmv if batch.tokens <= BGMV_ROWS else sgmv)(y, x, pool, batch, key)
+        few = batch.tokens <= max(BGMV_ROWS, batch.adapters)
+        (bgmv if few else sgmv)(y, x, pool, batch, key)
 
 
 def bgmv(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: Key) -> None:

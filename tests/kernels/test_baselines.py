@@ -174,17 +174,25 @@ def test_grouped_reads_an_even_pool_where_it_lies_and_copies_an_uneven_one():
     assert torch.equal(copied[1], a[0][16:64])
 
 
-@pytest.mark.parametrize(("module", "few", "many"), CHOICES, ids=("punica", "slora", "dlora"))
-def test_the_number_of_rows_chooses_the_form(monkeypatch, module, few, many):
-    """Up to 64 rows for punica and slora; for dlora where 3 x rows x rank 16 is less than the pool's 128 rows."""
-    taken = []
-    for form in (few, many):
-        monkeypatch.setattr(module, form, lambda *_, form=form: taken.append(form))
+CHOSEN = {  # module -> tokens of one adapter, form
+    punica: {2: "bgmv", 16: "bgmv", 17: "sgmv"},
+    slora: {2: "mbgmv", 96: "mbgmv", 97: "mbgmm"},
+    dlora: {2: "gathered", 3: "einsum"},  # 3 x tokens x rank 16 against the pool's 128 rows
+}
+
+
+@pytest.mark.parametrize("module", CHOSEN, ids=("punica", "slora", "dlora"))
+def test_the_number_of_rows_chooses_the_form(monkeypatch, module):
+    taken = {}
+    monkeypatch.setattr(dlora, "GATHER_LAUNCH_ROWS", 0)
+    for form in ("bgmv", "sgmv", "mbgmv", "mbgmm", "gathered", "einsum"):
+        if hasattr(module, form):
+            monkeypatch.setattr(module, form, lambda y, *_, form=form: taken.update({len(y): form}))
     pool = make_pool((16,), torch.float16)
-    for tokens in (2, 3, 64, 65):
+    for tokens in CHOSEN[module]:
         x, y = draw_xy(pool, tokens, (0, "o"))
-        module.op(y, x, pool, make_batch(pool, [0] * tokens, max_tokens=65), (0, "o"))
-    assert taken == ([few, many, many, many] if module is dlora else [few, few, few, many])
+        module.op(y, x, pool, make_batch(pool, [0] * tokens, max_tokens=97), (0, "o"))
+    assert taken == CHOSEN[module]
 
 
 def test_bad_calls_are_named():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import merge
+from kernels import merge, switch_bench
 from kernels.batch import LoraPool, Projection
 from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch, pool_factors
 
@@ -92,6 +92,28 @@ def test_a_change_in_place_is_a_restore_and_a_merge_bit_for_bit(dtype):
         stepwise.to(NO_SLOT)
         stepwise.to(slot)
     assert all(torch.equal(a, b) for a, b in zip(direct.weights, stepwise.weights, strict=True))
+
+
+def test_a_large_rank_in_place_takes_two_launches_and_everything_else_one():
+    switch, _ = world(torch.float16, ranks=(16, 200, 5), form="in_place")
+    assert switch.passes(0, 2) == [(0, 2)]
+    assert switch.passes(1, NO_SLOT) == [(1, NO_SLOT)]
+    assert switch.passes(1, 0) == [(NO_SLOT, 0), (1, NO_SLOT)]
+    golden, _ = world(torch.float16, ranks=(16, 200, 5))
+    assert golden.passes(1, 0) == [(1, 0)]
+
+
+def test_tiles_shrink_until_they_fit():
+    tile = merge.TILES[128, False]
+    assert merge.shared_bytes(tile, 128, False, 2) == 2 * (3 * 128 * (128 + 128) + 128 * 128)
+    assert merge.fitted(tile, 128, False, 2, 232448) == tile
+    assert merge.fitted(tile, 128, False, 4, 232448) == tile._replace(stages=2, columns=64, steps=64)
+    for (rank, subtracts), chosen in merge.TILES.items():
+        small = merge.fitted(chosen, rank, subtracts, 4, 99 << 10)
+        assert merge.shared_bytes(small, rank, subtracts, 4) <= 99 << 10
+        assert small.columns * small.steps == chosen.columns * chosen.steps
+    with pytest.raises(SwitchError, match="rank 256 needs more than the 1024 bytes"):
+        merge.fitted(tile, 256, False, 2, 1024)
 
 
 def test_in_place_drifts_where_golden_does_not():
@@ -201,3 +223,20 @@ def test_the_merged_slot_cannot_be_replaced():
     switch.to(0)
     with pytest.raises(SwitchError, match="slot 0 is merged"):
         switch.register(0, adapters[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times the GPU that is there")
+def test_the_benchmark_says_what_it_needs(capsys, tmp_path):
+    out = tmp_path / "switch.csv"
+    assert switch_bench.main(["--out", str(out)]) == 1
+    assert "run it on a machine that has one" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_row_of_the_benchmark_leaves_empty_what_does_not_apply():
+    world = switch_bench.World("llava-7b", 64, [], [], torch.empty(0), torch.empty(0), [])
+    merged = switch_bench.row("merge_golden", world, ms=2.0, moved_bytes=8_000_000_000)
+    drift = switch_bench.row("drift", world, switches=10)
+    assert (merged["gb_per_s"], merged["layers"], merged["switches"]) == (4000.0, 32, "")
+    assert (drift["switches"], drift["ms"], drift["gb_per_s"]) == (10, "", "")
+    assert tuple(merged) == switch_bench.COLUMNS
