@@ -313,6 +313,8 @@ class Ledger:
         """The last chunk of a prefill emitted a token: the request decodes from now on, or ends."""
         del self.prefilling[entry.id]
         self.queued -= 1
+        if entry.generated:
+            self.journal.gap(now_ns - entry.token_ns)
         entry.generated += 1
         if entry.first_token_ns < 0:
             entry.first_token_ns = now_ns
@@ -345,9 +347,11 @@ class Ledger:
         if entry.state == PREFILLING:
             del self.prefilling[entry.id]
         else:
+            entry.token_ns = entry.since_ns
             if entry.id in self.cohort.members:
                 self.cohort.leave(entry)
                 self._cohort_ids = None
+                entry.token_ns = self._token_ns
             self.paused.pop(entry.id, None)
             if entry in self._fresh:
                 self._fresh.remove(entry)

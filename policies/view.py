@@ -57,7 +57,7 @@ class Entry:
     __slots__ = (
         "adapter", "arrival_ns", "cached_tokens", "first_token_ns", "generated", "head", "id", "images", "kv", "node",
         "pages", "preemptions", "prefix", "prompt_tokens", "scheduled_ns", "since_ns", "state", "target", "tick",
-        "ttft_slo_ns",
+        "token_ns", "ttft_slo_ns",
     )  # fmt: skip
 
     def __init__(self, request: Request):
@@ -78,6 +78,7 @@ class Entry:
         self.tick = 0
         self.preemptions = 0
         self.scheduled_ns = self.first_token_ns = -1
+        self.token_ns = -1  # of the last token before a preemption
 
 
 class View:
