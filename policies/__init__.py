@@ -83,11 +83,20 @@ def make_policy(name: str, options: dict[str, str] | None = None) -> Policy:
             near = difflib.get_close_matches(key, parameters, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise PolicyError(f"policy {name} has no parameter {key!r}; {hint}it has {', '.join(parameters) or 'none'}")
-        kind = type(parameters[key].default)
-        try:
-            values[key] = kind(text)
-        except ValueError:
-            raise PolicyError(f"policy {name}: {key}={text!r} is not a {kind.__name__}") from None
-        if not 0 <= values[key] < 1e12:
-            raise PolicyError(f"policy {name}: {key}={text!r} must be finite and not negative")
+        values[key] = _parameter(f"policy {name}: {key}={text!r}", type(parameters[key].default), text)
     return known[name](**values)
+
+
+def _parameter(where: str, kind: type, text: str) -> float | bool | str:
+    """The parameter's value, of its default's type: text, a finite number that is not negative, or true|false."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise PolicyError(f"{where} is neither true nor false")
+        return text.lower() == "true"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise PolicyError(f"{where} is not a {kind.__name__}") from None
+    if kind is not str and not 0 <= value < 1e12:
+        raise PolicyError(f"{where} must be finite and not negative")
+    return value

@@ -21,21 +21,27 @@ from policies.view import DECODING, View
 
 @dataclass(frozen=True)
 class Valora:
-    """theta_s: credit in seconds above which a request starves. prefetch: waiting requests whose adapters load ahead."""
+    """theta_s: credit in seconds above which a request starves. prefetch: waiting requests whose adapters load ahead.
+
+    For ablations: merge, mixture: whether these modes are used (without mixture a batch with cold requests runs unmerged);
+    switch: how it folds adapters in.
+    """
 
     theta_s: float = 0.5
     prefetch: int = 32
+    merge: bool = True
+    mixture: bool = True
+    switch: str = "fused"
 
     name = "valora"
     operator = "sglang"
-    switch = "fused"
     merges = True
     oracle = False
 
     def decide(self, view: View) -> Plan:
         """Algorithm 1."""
         half = view.limits.max_batch / 2
-        if view.total <= half:
+        if view.total <= half or not self.merge:
             return self._unmerged(view)
         most = most_common(view)
         if most < 0 or view.unfinished[most] <= half or not view.is_resident(most):
@@ -45,16 +51,17 @@ class Valora:
         if view.mode == MIXTURE and view.merged == most:
             taken_up = {r for r in view.decoding if not view.is_paused(r)}.difference(view.decoding_of(most))
         cold = taken_up.union(entry.id for entry in waited_long if entry.adapter != most)
-        if len(cold) > half:
+        if len(cold) > half or (cold and not self.mixture):
             return self._unmerged(view)
         if cold:
             cold_decodes = tuple(r for r in view.decoding if r in cold)
             decodes = cold_decodes + by_urgency(view, waited_long, view.decoding_of(most))
             batch = Batch(view, decodes, MIXTURE, most)
-            batch.fill(entry for entry in waited_long if entry.state != DECODING)
+            urgent = {entry.id: entry for entry in waited_long if entry.state != DECODING}
+            batch.fill(urgent.values()).fill(entry for entry in view.queue_of(most) if entry.id not in urgent)
         else:
             batch = Batch(view, by_urgency(view, waited_long, view.decoding_of(most)), MERGED, most)
-        batch.fill(view.queue_of(most))
+            batch.fill(view.queue_of(most))
         prefetch(batch, view.waiting, self.prefetch)
         return batch.plan(until_ns=until_ns)
 
