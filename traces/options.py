@@ -172,15 +172,15 @@ def select(trace: Trace, args: argparse.Namespace) -> Trace:
     return trace.with_(settings=chosen)
 
 
-def load_trace(args: argparse.Namespace, model: ModelShape) -> Trace:
-    """The trace that the options of `add_trace_arguments` describe, for a model of this shape.
+def load_trace(args: argparse.Namespace, model: ModelShape, trace: Trace | None = None) -> Trace:
+    """The trace that the options of `add_trace_arguments` describe, for a model of this shape. trace: the file's, if it was
+    read before.
 
     In this order: read; window (--start, --duration); --arrivals; --sample; --max-requests; --rate or --time-scale;
     --workload (with --repeat-images, --no-head); --adapter-assign; --clip. `settings` holds every resolved value,
     `notes` what each step did. Raises TraceError.
     """
-    trace = open_trace(args.trace, args)
-    trace = select(trace, args)
+    trace = select(open_trace(args.trace, args) if trace is None else trace, args)
     trace = workload.apply_workload(
         trace, args.workload, image_tokens=model.image_tokens, video_images=model.video_images, seed=args.seed,
         repeat_images=args.repeat_images, head=not args.no_head,
