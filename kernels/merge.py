@@ -74,7 +74,7 @@ TILES = {
     (128, True): Tile(128, 64, 16, 3, 8),
 }
 """(padded rank, whether another adapter is subtracted in the same pass) -> tile: the fastest of `switch_bench --sweep`
-on an H200 in bf16. (256, True) is missing since a restore and a merge take less (7.3 ms against 8.6)."""
+on an H200 in bf16. (256, True) is missing since a restore and a merge take less (7.4 ms against 8.6)."""
 
 
 def shared_bytes(tile: Tile, rank: int, subtracts: bool, itemsize: int) -> int:
@@ -98,9 +98,27 @@ def fitted(tile: Tile, rank: int, subtracts: bool, itemsize: int, limit_bytes: i
 
 
 @triton.jit
-def _strides(strides_ptr, pair):
-    """Row strides of a and b."""
-    return tl.multiple_of(tl.load(strides_ptr + pair * 2), 8), tl.multiple_of(tl.load(strides_ptr + pair * 2 + 1), 8)
+def _factors(
+    factors_ptr, strides_ptr, scales_ptr, pair, rank, rows, d_out, DTYPE: tl.constexpr, RANK: tl.constexpr,
+):
+    """Of one adapter in one matrix: where a starts, its row stride, b's columns of this strip transposed, the scale."""
+    a = tl.multiple_of(tl.load(factors_ptr + pair * 2).to(tl.pointer_type(DTYPE)), 16)
+    b = tl.multiple_of(tl.load(factors_ptr + pair * 2 + 1).to(tl.pointer_type(DTYPE)), 16)
+    stride_a = tl.multiple_of(tl.load(strides_ptr + pair * 2), 8)
+    stride_b = tl.multiple_of(tl.load(strides_ptr + pair * 2 + 1), 8)
+    ks = tl.arange(0, RANK)
+    inside = (ks[:, None] < rank) & (rows[None, :] < d_out)
+    b_part = tl.load(b + ks[:, None] * stride_b + rows[None, :], mask=inside, other=0.0)
+    return a, stride_a, tl.trans(b_part), tl.load(scales_ptr + pair)
+
+
+@triton.jit
+def _delta(a, stride_a, b_transposed, scale, rank, columns, d_in, RANK: tl.constexpr):
+    """scale * b^T a of one tile, float32."""
+    ks = tl.arange(0, RANK)
+    inside = (ks[:, None] < rank) & (columns[None, :] < d_in)
+    a_part = tl.load(a + ks[:, None] * stride_a + columns[None, :], mask=inside, other=0.0)
+    return scale * tl.dot(b_transposed, a_part, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["entries", "plus", "minus"])
@@ -131,39 +149,25 @@ def switch_kernel(
 
     rows = row + tl.arange(0, ROWS)
     offsets = rows.to(tl.int64)[:, None] * d_in
-    ks = tl.arange(0, RANK)
     if PLUS:
-        pair = factors_ptr + (plus * entries + entry) * 2
-        a_plus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
-        b_plus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
-        stride_a_plus, stride_b_plus = _strides(strides_ptr, plus * entries + entry)
-        scale_plus = tl.load(scales_ptr + plus * entries + entry)
-        inside = (ks[:, None] < rank_plus) & (rows[None, :] < d_out)
-        b_plus_t = tl.trans(tl.load(b_plus + ks[:, None] * stride_b_plus + rows[None, :], mask=inside, other=0.0))
+        a_plus, stride_plus, b_plus, scale_plus = _factors(
+            factors_ptr, strides_ptr, scales_ptr, plus * entries + entry, rank_plus, rows, d_out, DTYPE, RANK
+        )
     if MINUS and not GOLDEN:
-        pair = factors_ptr + (minus * entries + entry) * 2
-        a_minus = tl.multiple_of(tl.load(pair).to(tl.pointer_type(DTYPE)), 16)
-        b_minus = tl.multiple_of(tl.load(pair + 1).to(tl.pointer_type(DTYPE)), 16)
-        stride_a_minus, stride_b_minus = _strides(strides_ptr, minus * entries + entry)
-        scale_minus = tl.load(scales_ptr + minus * entries + entry)
-        inside = (ks[:, None] < rank_minus) & (rows[None, :] < d_out)
-        b_minus_t = tl.trans(tl.load(b_minus + ks[:, None] * stride_b_minus + rows[None, :], mask=inside, other=0.0))
+        a_minus, stride_minus, b_minus, scale_minus = _factors(
+            factors_ptr, strides_ptr, scales_ptr, minus * entries + entry, rank_minus, rows, d_out, DTYPE, RANK
+        )
 
     for step in tl.range(STEPS, num_stages=STAGES):
         columns = column + step * COLUMNS + tl.arange(0, COLUMNS)
-        within = columns[None, :] < d_in
-        tile = (rows[:, None] < d_out) & within
+        tile = (rows[:, None] < d_out) & (columns[None, :] < d_in)
         here = offsets + columns[None, :]
         total = tl.load(source + here, mask=tile, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if MINUS and not GOLDEN:
-            mask = (ks[:, None] < rank_minus) & within
-            a = tl.load(a_minus + ks[:, None] * stride_a_minus + columns[None, :], mask=mask, other=0.0)
-            total -= scale_minus * tl.dot(b_minus_t, a, input_precision="ieee")
+            total -= _delta(a_minus, stride_minus, b_minus, scale_minus, rank_minus, columns, d_in, RANK)
             total = total.to(DTYPE).to(tl.float32)  # as a restore would: its error cancels that of the merge before it
         if PLUS:
-            mask = (ks[:, None] < rank_plus) & within
-            a = tl.load(a_plus + ks[:, None] * stride_a_plus + columns[None, :], mask=mask, other=0.0)
-            total += scale_plus * tl.dot(b_plus_t, a, input_precision="ieee")
+            total += _delta(a_plus, stride_plus, b_plus, scale_plus, rank_plus, columns, d_in, RANK)
         tl.store(weight + here, total.to(DTYPE), mask=tile, eviction_policy="evict_first")
 
 
@@ -228,7 +232,7 @@ class WeightSwitch:
         self._scales[slot].copy_(torch.tensor([f.scale if f is not None else 0.0 for f in factors]))
 
     def to(self, slot: int) -> None:
-        """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now, in one launch (see `passes`)."""
+        """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now; see `passes`."""
         if slot != NO_SLOT:
             self._check_slot(slot)
             if slot not in self._kept:

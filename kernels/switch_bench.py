@@ -170,9 +170,10 @@ def rival_rows(world: World, repeats: int) -> Iterator[dict]:
     for name, (call, launches) in ways.items():
         reset()
         call()
-        error = relative_error(world, merged_truth(world, NO_SLOT) if name == "copy" else truth)
-        yield row(name, world, **timed(gpu_ms(call, repeats)), moved_bytes=moved, error=f"{error:.2e}",
-                  launches=launches)
+        plain = name == "copy"
+        error = relative_error(world, merged_truth(world, NO_SLOT) if plain else truth)
+        yield row(name, world, **timed(gpu_ms(call, repeats)), moved_bytes=2 * world.flat.nbytes if plain else moved,
+                  error=f"{error:.2e}", launches=launches)
 
 
 def row(form: str, world: World, **values: float) -> dict:
@@ -248,12 +249,13 @@ def sweep_rows(model: str, ranks: Sequence[int], repeats: int) -> Iterator[dict]
 
 
 def provenance(argv: list[str]) -> list[str]:
-    """Header lines: device, date, versions and the command."""
+    """Header lines: device, date, versions and the command, folders left out of it."""
+    arguments = " ".join(Path(word).name if "/" in word else word for word in argv)
     return [
         f"# device: {torch.cuda.get_device_name()}",
         f"# date: {datetime.datetime.now(datetime.UTC).date()}",
         f"# versions: torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
-        f"# command: python -m kernels.switch_bench {' '.join(argv)}",
+        f"# command: python -m kernels.switch_bench {arguments}",
     ]
 
 
