@@ -7,6 +7,7 @@ The result goes to stdout, the same bytes for the same seed and inputs; progress
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
 def build_parser() -> SuggestingParser:
     parser = SuggestingParser(
         "python -m sim", description="Replay a trace through LoRA serving policies on simulated GPUs.",
+        epilog=f"Other commands: python -m sim {'|'.join(COMMANDS)} --help",
     )  # fmt: skip
     add = parser.add_argument
     add("--policy", default="valora", metavar="NAME[,NAME...]",
@@ -158,7 +160,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"read {read - began:.2f} s, replayed {replay_s:.2f} s, all {time.perf_counter() - began:.2f} s", file=sys.stderr)
 
 
+COMMANDS = ("sweep", "capacity", "whatif")
+"""Modules of this package that are commands of their own, as the first argument."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        return importlib.import_module(f"sim.{words[0]}").main(words[1:])
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
