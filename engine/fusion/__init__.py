@@ -1,0 +1,1 @@
+"""Accuracy-aware adapter generation: the fewest LoRA adapters that keep every domain above its accuracy floor."""

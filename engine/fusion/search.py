@@ -1,0 +1,437 @@
+"""Packing domains into the fewest adapters, when only training tells whether a set of domains gets along.
+
+An `Oracle` trains one adapter on a list of domains and says which of them it holds above their floor. Three ways to use it:
+`fuse_in_order` is the heuristic of VaLoRA (EuroSys 2025): next domain on the same adapter, roll back and open a new one
+where any floor falls. `search` is ours. `exhaustive` tries everything and is the yardstick.
+
+Ours rests on one observation: an adapter whose training failed for some of its domains still serves those that it holds.
+So nothing is rolled back; the question is a cover (each domain held by some adapter), whose optimum is never worse than that
+of the partition. `search` first asks for everything at once, keeps what holds, and goes on with the rest, in smaller groups
+picked by similarity where too little holds; then it spends its retries on one adapter fewer: up to EXACT domains by a lazy
+exact search, which trains only sets that an optimistic packing still hopes for and so ends at the true optimum; above,
+by emptying the smallest adapter into the others, and last by replaying the heuristic for as long as it could still win.
+
+It knows names, floors met and steps spent; no torch, no files, no clock. Everything is deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations, islice, permutations
+from typing import Protocol
+
+EXACT = 6
+"""Up to this many domains the number of adapters is proven optimal unless the retries run out."""
+MAX_EXHAUSTIVE = 8
+
+
+class FloorError(ValueError):
+    """A floor that no attempt reached. The message names the domain, the best accuracy seen and the way out."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One training: the domains in order, the accuracy of each afterwards, those held above their floor, its own steps.
+
+    steps: optimizer steps that this attempt cost beyond what was trained before (an attempt known already costs 0).
+    """
+
+    order: tuple[str, ...]
+    accuracies: Mapping[str, float]
+    held: frozenset[str]
+    steps: int
+
+
+class Oracle(Protocol):
+    """Trains and evaluates. `attempt` is a function of its argument: the same order gives the same accuracies.
+
+    domains: in the user's order. ordered: False if the result of a set of domains does not depend on their order.
+    similarity(a, b): a cheap signal of how well two domains get along, higher is better; any scale.
+    """
+
+    domains: tuple[str, ...]
+    ordered: bool
+
+    def attempt(self, order: tuple[str, ...]) -> Attempt: ...
+
+    def similarity(self, a: str, b: str) -> float: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """One adapter: the attempt that made it, and the domains it serves (all held)."""
+
+    attempt: Attempt
+    serves: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The adapters of all domains, and what finding them cost.
+
+    steps and attempts: spent in all. steps_to: number of adapters -> steps spent when a packing that small was first known.
+    proven: no packing has fewer adapters (of those that this oracle can train).
+    """
+
+    groups: tuple[Group, ...]
+    steps: int
+    attempts: int
+    steps_to: Mapping[int, int]
+    proven: bool
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def first_steps(self, adapters: int) -> int:
+        """Steps spent until a packing of at most `adapters` adapters was known. ValueError if there was none."""
+        known = [steps for size, steps in self.steps_to.items() if size <= adapters]
+        if not known:
+            raise ValueError(f"no packing of {adapters} adapters was found; the smallest has {len(self)}")
+        return min(known)
+
+
+@dataclass
+class _Trials:
+    """What has been trained so far. `limit`: the number of attempts after which `more` says no."""
+
+    oracle: Oracle
+    known: dict[tuple[str, ...], Attempt] = field(default_factory=dict)
+    by_set: dict[frozenset[str], list[Attempt]] = field(default_factory=dict)
+    steps: int = 0
+    steps_to: dict[int, int] = field(default_factory=dict)
+    limit: int | None = None
+    watch: Callable[[Attempt], None] | None = None
+
+    def key(self, order: Iterable[str]) -> tuple[str, ...]:
+        order = tuple(order)
+        return order if self.oracle.ordered else tuple(d for d in self.oracle.domains if d in set(order))
+
+    def attempt(self, order: Iterable[str]) -> Attempt:
+        key = self.key(order)
+        if key not in self.known:
+            made = self.oracle.attempt(key)
+            self.known[key] = made
+            self.by_set.setdefault(frozenset(key), []).append(made)
+            self.steps += made.steps
+            if self.watch is not None:
+                self.watch(made)
+        return self.known[key]
+
+    def more(self) -> bool:
+        return self.limit is None or len(self.known) < self.limit
+
+    def reached(self, groups: list[Group]) -> None:
+        self.steps_to.setdefault(len(groups), self.steps)
+
+    def packing(self, groups: Iterable[Group], proven: bool) -> Packing:
+        return Packing(tuple(groups), self.steps, len(self.known), dict(self.steps_to), proven)
+
+
+# -- the paper's heuristic -------------------------------------------------------------------------------------------------
+def fuse_in_order(oracle: Oracle, watch: Callable[[Attempt], None] | None = None) -> Packing:
+    """Knowledge fusion: train the current adapter on the next domain; if a floor falls, go back and open a new adapter.
+
+    FloorError if a domain alone misses its floor. Source: VaLoRA (EuroSys 2025), accuracy-aware adapter generation.
+    """
+    trials = _Trials(oracle, watch=watch)
+    groups = [Group(a, frozenset(a.order)) for a in _fused(trials)]
+    trials.reached(groups)
+    return trials.packing(groups, proven=len(groups) == 1)
+
+
+def _fused(trials: _Trials, most: int | None = None) -> list[Attempt] | None:
+    """The heuristic's adapters. With `most`: None once there would be more, a floor is missed, or the retries run out."""
+    closed: list[Attempt] = []
+    current: Attempt | None = None
+    for domain in trials.oracle.domains:
+        if most is not None and not trials.more():
+            return None
+        if current is not None:
+            following = trials.attempt((*current.order, domain))
+            if following.held >= set(following.order):
+                current = following
+                continue
+            closed.append(current)
+            if most is not None and len(closed) >= most:
+                return None
+        if most is not None and not trials.more():
+            return None
+        current = trials.attempt((domain,))
+        if domain not in current.held:
+            if most is not None:
+                return None
+            raise _unreached(trials, {domain})
+    return [*closed, current] if current is not None else closed
+
+
+def _unreached(trials: _Trials, domains: Iterable[str]) -> FloorError:
+    said = []
+    for domain in sorted(domains):
+        best = max((a.accuracies[domain] for a in trials.known.values() if domain in a.order), default=float("nan"))
+        said.append(f"{domain} (best {best:.3f})")
+    return FloorError(f"no adapter reaches the floor of {', '.join(said)}; lower the floor, train longer or add data")
+
+
+# -- ours ------------------------------------------------------------------------------------------------------------------
+def search(oracle: Oracle, retries: int | None = None, watch: Callable[[Attempt], None] | None = None) -> Packing:
+    """The fewest adapters found. retries: attempts to spend, after the first packing, on fewer; None: as many as it takes.
+
+    With None the result is the optimum up to EXACT domains, and above it never has more adapters than `fuse_in_order`
+    on the same oracle. FloorError if a domain is held by no attempt.
+    """
+    if len(set(oracle.domains)) != len(oracle.domains) or not oracle.domains:
+        raise ValueError(f"the domains {oracle.domains} must be one or more different names")
+    trials = _Trials(oracle, watch=watch)
+    groups, missing = _first_packing(trials)
+    if not missing:
+        trials.reached(groups)
+    trials.limit = None if retries is None else len(trials.known) + retries
+    if len(oracle.domains) <= EXACT:
+        groups, proven = _exact(trials, None if missing else groups)
+    else:
+        if missing:
+            groups = _rescue(trials, groups, missing)
+        groups, proven = _improve(trials, groups), False
+    return trials.packing(groups, proven or len(groups) == 1)
+
+
+def _first_packing(trials: _Trials) -> tuple[list[Group], set[str]]:
+    """A packing by asking for much and keeping what holds, and the domains that nothing held, not even alone."""
+    rest, groups, missing = list(trials.oracle.domains), [], set()
+    guess = len(rest)
+    while rest:
+        group = _largest_held(trials, rest, guess)
+        if group is None:
+            missing.add(rest.pop(0))
+            continue
+        groups.append(group)
+        rest = [domain for domain in rest if domain not in group.serves]
+        guess = max(2 * len(group.serves), 1)
+    return groups, missing
+
+
+def _largest_held(trials: _Trials, rest: list[str], guess: int) -> Group | None:
+    """An adapter for many of `rest`: of `guess` domains, then by bisection on how many, members by similarity.
+
+    It stops early where what is left is no more than what is held: one more adapter may take that, and only all of it at
+    once would have saved one.
+    """
+    best: Group | None = None
+    low, high = 0, len(rest)
+    size = min(guess, high)
+    attempt: Attempt | None = None
+    while low < high:
+        attempt = trials.attempt(_members(trials.oracle, rest, size, attempt))
+        held = attempt.held & set(rest)
+        if best is None or len(held) > len(best.serves):
+            best = Group(attempt, held) if held else best
+        low = max(low, len(held))
+        high = high if len(held) >= size else min(high, size - 1)
+        if low and len(rest) - low <= low:
+            break
+        size = min(high, max(low + 1, (low + high + 1) // 2))
+    return best
+
+
+def _members(oracle: Oracle, rest: list[str], size: int, last: Attempt | None) -> tuple[str, ...]:
+    """`size` of `rest`: those held by the last attempt, or the most typical domain, then always the most similar one."""
+    if size == len(rest):
+        return tuple(rest)
+    chosen = [domain for domain in rest if last is not None and domain in last.held][:size]
+    pool = [domain for domain in rest if domain not in chosen]
+    while len(chosen) < size:
+        against = chosen or pool
+        # `max` takes the first of equals: the user's order breaks ties
+        nearest = max(pool, key=lambda d: sum(oracle.similarity(d, other) for other in against if other != d))
+        chosen.append(nearest)
+        pool.remove(nearest)
+    return tuple(chosen)
+
+
+def _rescue(trials: _Trials, groups: list[Group], missing: set[str]) -> list[Group]:
+    """Domains that are not held alone may be in company: try each beside each group. FloorError if that fails too."""
+    for domain in sorted(missing):
+        for i, group in enumerate(groups):
+            attempt = trials.attempt((*sorted(group.serves), domain))
+            if attempt.held >= group.serves | {domain}:
+                groups[i] = Group(attempt, group.serves | {domain})
+                break
+        else:
+            raise _unreached(trials, {domain})
+    trials.reached(groups)
+    return groups
+
+
+# -- fewer adapters: many domains ------------------------------------------------------------------------------------------
+def _improve(trials: _Trials, groups: list[Group]) -> list[Group]:
+    while len(groups) > 1 and trials.more():
+        fewer = _emptied(trials, groups)
+        if fewer is None:
+            break
+        groups = fewer
+        trials.reached(groups)
+    if len(groups) > 1:
+        attempts = _fused(trials, most=len(groups) - 1)
+        if attempts is not None:
+            groups = [Group(a, frozenset(a.order)) for a in attempts]
+            trials.reached(groups)
+    return groups
+
+
+def _emptied(trials: _Trials, groups: list[Group]) -> list[Group] | None:
+    """The groups without the smallest one, its domains moved to the others whole or one by one; None if some fit nowhere."""
+    ranked = sorted(groups, key=lambda g: (len(g.serves), sorted(g.serves)))
+    smallest, others = ranked[0], ranked[1:]
+    for number, other in enumerate(_by_similarity(trials.oracle, others, smallest.serves)):
+        if not trials.more() or number == 2:
+            break
+        attempt = trials.attempt(_joined(trials.oracle, other.serves, smallest.serves))
+        if attempt.held >= other.serves | smallest.serves:
+            return [Group(attempt, other.serves | smallest.serves), *(g for g in others if g is not other)]
+    for domain in sorted(smallest.serves):
+        for other in _by_similarity(trials.oracle, others, {domain}):
+            if not trials.more():
+                return None
+            attempt = trials.attempt(_joined(trials.oracle, other.serves, {domain}))
+            if attempt.held >= other.serves | {domain}:
+                others[others.index(other)] = Group(attempt, other.serves | {domain})
+                break
+        else:
+            return None
+    return others
+
+
+def _by_similarity(oracle: Oracle, groups: list[Group], domains: Iterable[str]) -> list[Group]:
+    wanted = sorted(domains)
+
+    def mean(group: Group) -> float:
+        return sum(oracle.similarity(a, b) for a in wanted for b in group.serves) / (len(wanted) * len(group.serves))
+
+    return sorted(groups, key=lambda g: (-mean(g), sorted(g.serves)))
+
+
+def _joined(oracle: Oracle, *parts: Iterable[str]) -> tuple[str, ...]:
+    members = {domain for part in parts for domain in part}
+    return tuple(domain for domain in oracle.domains if domain in members)
+
+
+# -- fewer adapters: few domains, exactly ----------------------------------------------------------------------------------
+def _exact(trials: _Trials, groups: list[Group] | None) -> tuple[list[Group], bool]:
+    """The smallest cover, and whether the retries sufficed to prove it."""
+    domains = trials.oracle.domains
+    most = len(groups) - 1 if groups is not None else len(domains)
+    while most >= 1:
+        found, exhausted = _cover_of(trials, most)
+        if found is None:
+            if groups is None:
+                held = {d for a in trials.known.values() for d in a.held}
+                raise _unreached(trials, set(domains) - held or set(domains))
+            return groups, exhausted
+        groups = found
+        trials.reached(groups)
+        most = len(groups) - 1
+    assert groups is not None
+    return groups, True
+
+
+def _cover_of(trials: _Trials, most: int) -> tuple[list[Group] | None, bool]:
+    """A cover by at most `most` adapters, trained as needed; (None, True) if there is none, (None, False) out of retries."""
+    bit = {domain: 1 << i for i, domain in enumerate(trials.oracle.domains)}
+    untried = {}  # mask -> iterator over the orders not tried yet
+    for size in range(1, len(bit) + 1):
+        for members in combinations(trials.oracle.domains, size):
+            orders = permutations(members) if trials.oracle.ordered else iter((members,))
+            untried[sum(bit[d] for d in members)] = _Peekable(o for o in orders if o not in trials.known)
+    while True:
+        choice = _cheapest_cover(trials, bit, untried, most)
+        if choice is None:
+            return None, True
+        hoped = [pick for pick in choice if isinstance(pick, int)]
+        if not hoped:
+            used: set[str] = set()
+            groups = []
+            for attempt, mask in ((c[0], c[1]) for c in choice):
+                serves = {d for d in bit if bit[d] & mask} - used
+                used |= serves
+                groups.append(Group(attempt, frozenset(serves)))
+            return groups, True
+        if not trials.more():
+            return None, False
+        hardest = max(hoped, key=lambda mask: (mask.bit_count(), -mask))  # the most likely to fail settles most
+        trials.attempt(next(untried[hardest]))
+
+
+class _Peekable:
+    """An iterator that is true while something is left."""
+
+    def __init__(self, orders: Iterator):
+        self._orders, self._next = orders, list(islice(orders, 1))
+
+    def __bool__(self) -> bool:
+        return bool(self._next)
+
+    def __next__(self):
+        value, self._next = self._next[0], list(islice(self._orders, 1))
+        return value
+
+
+def _cheapest_cover(trials: _Trials, bit: Mapping[str, int], untried: Mapping, most: int) -> list | None:
+    """A cover by at most `most` sets: (attempt, mask) where trained, a mask where it is only hoped that its training holds.
+
+    Hopes cost 1, more where sets below it have failed; the cover with the least hope wins. Partition by dynamic programming
+    over subsets; a set may be served by any training of a superset that held it. None if not even hope covers all.
+    """
+    full = (1 << len(bit)) - 1
+    offer: list[tuple[float, object] | None] = [None] * (full + 1)
+    failures = [sum(bit[d] for d in a.order) for a in trials.known.values() if len(a.held) < len(a.order)]
+    for mask in untried:
+        if untried[mask]:
+            cost = 1 + sum(1 for failed in failures if failed & mask == failed)
+            offer[mask] = (cost, mask)
+    for attempt in trials.known.values():
+        mask = sum(bit[d] for d in attempt.held)
+        if mask:
+            offer[mask] = (0, (attempt, mask))
+    for place in bit.values():  # every subset of what a training holds, or may hold, is served by it
+        for mask in range(full, -1, -1):
+            if mask & place and offer[mask] is not None:
+                below = offer[mask ^ place]
+                if below is None or offer[mask][0] < below[0]:
+                    offer[mask ^ place] = offer[mask]
+    table: list[dict[int, tuple[float, list]]] = [{0: (0, [])}]
+    for _ in range(most):
+        row = dict(table[-1])
+        for mask in range(1, full + 1):
+            low = mask & -mask
+            part = mask
+            while part:  # the part with the lowest domain goes to one adapter
+                if part & low and offer[part] is not None and mask ^ part in table[-1]:
+                    before, picks = table[-1][mask ^ part]
+                    if mask not in row or before + offer[part][0] < row[mask][0]:
+                        row[mask] = (before + offer[part][0], [*picks, _pick(offer[part][1], part)])
+                part = (part - 1) & mask
+        table.append(row)
+    return table[-1][full][1] if full in table[-1] else None
+
+
+def _pick(source: object, part: int):
+    return source if isinstance(source, int) else (source[0], part)
+
+
+def exhaustive(oracle: Oracle) -> Packing:
+    """The optimum, by training every set of domains (in every order, if that matters). ValueError above 8 domains."""
+    if len(oracle.domains) > MAX_EXHAUSTIVE:
+        raise ValueError(f"{len(oracle.domains)} domains: trying everything is for at most {MAX_EXHAUSTIVE}")
+    trials = _Trials(oracle)
+    for size in range(1, len(oracle.domains) + 1):
+        for members in combinations(oracle.domains, size):
+            for order in permutations(members) if oracle.ordered else (members,):
+                trials.attempt(order)
+    for most in range(1, len(oracle.domains) + 1):
+        groups, _ = _cover_of(trials, most)
+        if groups is not None:
+            trials.reached(groups)
+            return trials.packing(groups, True)
+    held = {d for a in trials.known.values() for d in a.held}
+    raise _unreached(trials, set(oracle.domains) - held)
