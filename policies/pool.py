@@ -48,7 +48,7 @@ class Pool:
         self.kv = 0  # held by running requests alone
         self.cached = 0  # held by nodes
         self.reclaimable = 0  # part of `cached` that nobody uses
-        self.peak = 0
+        self.peak = 0  # most pages ever in use, idle prefixes not counted
         self.resident: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self.loading: dict[int, None] = {}
         self.users: dict[int, int] = {}  # adapter -> requests that hold it
@@ -63,11 +63,16 @@ class Pool:
     # -- keys and values ------------------------------------------------------------------------------------------
     def take(self, pages: int) -> None:
         """Move `pages` from free to KV; cached prefixes that nobody uses give way, least recently used first."""
-        if pages > self.unused:
-            self._reclaim(pages - self.unused)
+        self.make_room(pages)
         self.unused -= pages
         self.kv += pages
-        self.peak = max(self.peak, self.pages - self.unused)
+        self.peak = max(self.peak, self.pages - self.free)
+
+    def make_room(self, pages: int) -> None:
+        """Drop idle prefixes until `pages` pages are unused, as `take` will: an engine needs them before the step that
+        the ledger accounts for afterwards."""
+        if pages > self.unused:
+            self._reclaim(pages - self.unused)
 
     def give(self, pages: int) -> None:
         """Move `pages` from KV back to free."""
@@ -99,6 +104,10 @@ class Pool:
     def shared_tokens(self, node: Node | None) -> int:
         """Tokens that a request need not compute behind `node`: whole pages only."""
         return node.tokens // self.page_tokens * self.page_tokens if node else 0
+
+    def is_live(self, node: Node) -> bool:
+        """False once the node's pages were given to somebody else."""
+        return self._nodes.get(node.key) is node
 
     def hold(self, node: Node | None) -> None:
         """A request starts to use `node`, and with it all its ancestors."""

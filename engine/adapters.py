@@ -1,0 +1,130 @@
+"""Adapters from the host to their slots: one contiguous (on a GPU: pinned) copy each, and loads beside the running batch.
+
+A load is one copy over the link into a staging buffer on a stream of its own, then a scatter into the pool there; an event
+says when it is done, and nobody waits for it. When to load and whom to evict is the ledger's decision. It knows bytes, no
+policy.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from engine.lora import Lora
+from engine.peft_format import AdapterError, AdapterWeights
+from kernels.batch import RANK_ALIGN, LoraPool
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """All factors of an adapter in one tensor, projection by projection: A [layers, slices, rank, d_in], B [layers, rank,
+    d_out], the rank padded as in the pool."""
+
+    name: str
+    rank: int
+    scale: float
+    digest: str
+    data: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+def _pieces(pool: LoraPool, rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(projection, half, shape) in the order in which a HostAdapter's data holds them."""
+    padded = -(-rank // RANK_ALIGN) * RANK_ALIGN
+    sizes = []
+    for name, p in pool.projections.items():
+        sizes += [(name, "a", (pool.layers, p.slices, padded, p.d_in)), (name, "b", (pool.layers, padded, p.d_out))]
+    return sizes
+
+
+def _parted(data: torch.Tensor, pool: LoraPool, rank: int) -> list[tuple[str, str, torch.Tensor]]:
+    done, views = 0, []
+    for name, half, size in _pieces(pool, rank):
+        count = torch.Size(size).numel()
+        views.append((name, half, data[done : done + count].view(size)))
+        done += count
+    return views
+
+
+def packed(weights: AdapterWeights, pool: LoraPool) -> HostAdapter:
+    """The host copy of an adapter for this pool, zeros where it has no factors; pinned if the pool lies on a GPU."""
+    numel = sum(torch.Size(size).numel() for _, _, size in _pieces(pool, weights.rank))
+    data = torch.zeros(numel, dtype=pool.dtype, pin_memory=pool.device.type == "cuda")
+    parts = {(name, half): view for name, half, view in _parted(data, pool, weights.rank)}
+    for (layer, projection, number), (a, b) in weights.factors.items():
+        if projection not in pool.projections:
+            raise AdapterError(f"adapter {weights.name}: {projection} is not among {', '.join(pool.projections)}")
+        widths = pool.projections[projection].widths
+        start = sum(widths[:number])
+        parts[projection, "a"][layer, number, : weights.rank] = a
+        parts[projection, "b"][layer, : weights.rank, start : start + widths[number]] = b.T
+    return HostAdapter(weights.name, weights.rank, weights.scale, weights.digest, data)
+
+
+class Loader:
+    """Copies host adapters into the slots of `lora`'s pool, in the order asked for."""
+
+    def __init__(self, lora: Lora, adapters: list[HostAdapter | None]):
+        self.adapters = adapters
+        self._lora = lora
+        self._under_way: deque[tuple[int, torch.cuda.Event | None]] = deque()
+        self._stream = self._staging = None
+        if lora.pool.device.type == "cuda":
+            self._stream = torch.cuda.Stream()
+            most = max((adapter.data.numel() for adapter in adapters if adapter is not None), default=0)
+            self._staging = torch.empty(most, dtype=lora.pool.dtype, device=lora.pool.device)
+
+    def start(self, adapter: int) -> None:
+        """Begin the load of `adapter`; it may be used once `ready` has named it.
+
+        Its rows may have been another's. Nobody reads those any more: a plan begins when the steps before it are done, so
+        the copy need not wait for anything.
+        """
+        host, pool = self.adapters[adapter], self._lora.pool
+        assert host is not None, "no request is queued for an adapter that could not be read"
+        rows = pool.reserve(adapter, host.rank, host.scale)
+        if self._stream is None:
+            self._scatter(host.data, host.rank, rows)
+            self._under_way.append((adapter, None))
+            return
+        with torch.cuda.stream(self._stream):
+            staged = self._staging[: host.data.numel()]
+            staged.copy_(host.data, non_blocking=True)
+            self._scatter(staged, host.rank, rows)
+            event = torch.cuda.Event()
+            event.record()
+        self._under_way.append((adapter, event))
+
+    def ready(self) -> list[int]:
+        """Adapters whose load has finished since the last call, in order. Waits for nothing."""
+        done = []
+        while self._under_way and (self._under_way[0][1] is None or self._under_way[0][1].query()):
+            done.append(self._under_way.popleft()[0])
+        return done
+
+    def any_ready(self) -> bool:
+        """True if `ready` would name one."""
+        return bool(self._under_way) and (self._under_way[0][1] is None or self._under_way[0][1].query())
+
+    def busy(self) -> bool:
+        """True while a load is under way."""
+        return bool(self._under_way)
+
+    def drain(self) -> None:
+        """Forget all loads, after waiting for them."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._under_way.clear()
+
+    def _scatter(self, data: torch.Tensor, rank: int, rows: slice) -> None:
+        pool = self._lora.pool
+        for name, half, view in _parted(data, pool, rank):
+            if half == "a":
+                pool.a[name][:, :, rows].copy_(view)
+            else:
+                pool.b[name][:, rows].copy_(view)

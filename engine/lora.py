@@ -1,0 +1,153 @@
+"""The LoRA side of a step: the resident adapters, the operator that adds their branches, and the switch that folds one in.
+
+Modes (VaLoRA section 4): base and merged add nothing; unmerged adds each row's own branch; mixture adds it and takes the
+folded adapter's out. Slot number and adapter number are the same. It knows slots and rows, not requests.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import torch
+
+from engine.decoder import ATTENTION, SLICES, Branch, Decoder, projections_of
+from kernels.baselines import OPERATORS as RIVALS
+from kernels.batch import RANK_ALIGN, LoraBatch, LoraError, LoraPool
+from kernels.merge import NO_SLOT, WeightSwitch, pool_factors
+from policies.plan import MIXTURE, UNMERGED
+from traces.request import Adapter
+
+OPERATORS = ("atmm", *RIVALS, "reference", "none")
+"""`reference` is plain torch in float32, what a CPU uses; `none` leaves the branch out (its cost is the yardstick)."""
+BY_POLICY = {"sglang": "atmm"}
+"""Operators that policies name for the simulator's tables and that this engine runs as another."""
+
+
+def operator_of(asked: str | None, policy: str, device: torch.device) -> str:
+    """The operator to run: what was asked for, else the policy's own; a CPU, where Triton is interpreted, takes `reference`.
+
+    LoraError lists what there is.
+    """
+    name = BY_POLICY.get(asked or policy, asked or policy)
+    if name not in OPERATORS:
+        raise LoraError(f"unknown operator {name!r}; there are {', '.join(OPERATORS)}")
+    return "reference" if asked is None and name != "none" and device.type == "cpu" else name
+
+
+class Lora:
+    """Adapters of one engine.
+
+    operator: of OPERATORS. targets: the projections that adapters may touch. merges: keep a pristine copy of their
+    weights and a switch. max_tokens: rows of the largest step.
+    """
+
+    def __init__(self, decoder: Decoder, adapters: tuple[Adapter, ...], operator: str, *, merges: bool, max_tokens: int,
+                 targets: tuple[str, ...] = ATTENTION):
+        shape, weight = decoder.shape, decoder.head
+        rows = sum(-(-adapter.rank // RANK_ALIGN) * RANK_ALIGN for adapter in adapters)
+        self.operator = operator
+        self.targets = targets
+        self.pool = LoraPool(
+            projections_of(shape, targets), layers=shape.layers, slots=max(1, len(adapters)), rows=max(RANK_ALIGN, rows),
+            dtype=weight.dtype, device=weight.device,
+        )  # fmt: skip
+        self.rank = max((adapter.rank for adapter in adapters), default=RANK_ALIGN)
+        self.batch = LoraBatch(self.pool, max_tokens)
+        self._op = _callable(operator)
+        mixture = "reference" if weight.device.type == "cpu" else "atmm"
+        self._mixture_op = self._op if operator in ("none", "atmm", "reference") else _callable(mixture)
+        self._keys = [(layer, name) for layer in range(shape.layers) for name in targets]
+        self.switch = None
+        if merges and adapters:
+            parts = [part for key in self._keys for part in _slices(decoder, key)]
+            self.switch = WeightSwitch(parts, slots=len(adapters))
+
+    # -- residents --------------------------------------------------------------------------------------------------
+    def installed(self, adapter: int) -> None:
+        """The factors of `adapter` lie in the pool: make the switch know them."""
+        if self.switch is not None:
+            self.switch.register(adapter, pool_factors(self.pool, adapter, self._keys))
+
+    def evict(self, adapter: int) -> None:
+        """Give the rows of `adapter` back."""
+        self.pool.release(adapter)
+
+    def evict_all(self) -> None:
+        """Fold nothing in, hold nothing."""
+        self.fold(NO_SLOT)
+        for adapter in [slot for slot, rank in enumerate(self.pool.ranks) if rank]:
+            self.pool.release(adapter)
+
+    def fold(self, adapter: int) -> None:
+        """Make the weights those of `adapter` (-1: the plain ones); nothing if they are."""
+        if self.switch is not None:
+            self.switch.to(adapter)
+
+    # -- a step -----------------------------------------------------------------------------------------------------
+    def branch(self, mode: int, merged: int, rows: np.ndarray) -> Branch | None:
+        """The branch of one eager step: rows int32 [T] holds each row's adapter, -1 for none. None: nothing is added."""
+        if mode not in (UNMERGED, MIXTURE) or self._op is None:
+            return None
+        folded = merged if mode == MIXTURE else -1
+        if (rows == folded).all() if folded >= 0 else (rows < 0).all():
+            return None
+        op = self._mixture_op if folded >= 0 else self._op
+        self.batch.update(rows, folded, route=op is not _reference)
+        return self.bound(self.batch, mixture=folded >= 0)
+
+    def bound(self, batch: LoraBatch, *, mixture: bool) -> Branch:
+        """The branch over one batch object, as a graph captures it."""
+        op, pool, names = self._mixture_op if mixture else self._op, self.pool, self.pool.projections
+
+        def add(y: torch.Tensor, x: torch.Tensor, key: tuple[int, str]) -> None:
+            if key[1] in names:
+                op(y, x, pool, batch, key)
+
+        return add
+
+    @property
+    def adds(self) -> bool:
+        """False for the operator `none`."""
+        return self._op is not None
+
+    def capturable(self, *, mixture: bool) -> bool:
+        """True if a graph over one batch object serves other batches of its size."""
+        op = self._mixture_op if mixture else self._op
+        if op is None or op is _reference:
+            return False
+        return getattr(import_module(op.__module__), "CAPTURE", "free") == "free"
+
+    def refresh(self, batch: LoraBatch, *, mixture: bool) -> None:
+        """What a graph must capture before its first branch: the sort of the rows, and the rivals' lists of segments."""
+        batch.route()
+        if not mixture and self.operator in RIVALS:
+            from kernels.baselines.inputs import refresh
+
+            refresh(batch)
+
+
+def _slices(decoder: Decoder, key: tuple[int, str]) -> list[torch.Tensor]:
+    widths = projections_of(decoder.shape)[key[1]].widths
+    assert len(widths) == len(SLICES[key[1]])
+    return list(decoder.weight(key).split(widths))
+
+
+def _callable(operator: str):
+    if operator == "none":
+        return None
+    if operator == "reference":
+        return _reference
+    if operator == "atmm":
+        from kernels.atmm import atmm
+
+        return atmm
+    from kernels.baselines import operator as rival
+
+    return rival(operator)
+
+
+def _reference(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: tuple[int, str]) -> None:
+    from kernels.reference import reference
+
+    y.copy_(reference(y, x, pool, batch, key))

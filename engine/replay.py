@@ -1,0 +1,265 @@
+"""The loop over ledger and policy with a real model where the simulator has a latency model, from a trace to a RunResult.
+
+Requests arrive by the clock; a plan stands as a lease of decode steps until something arrives, ends, loads or falls due, and
+the next step is launched while the last one runs. A request that cannot be served ends alone with its reason; a step for
+which there is no memory is called off and the batch shrinks. It knows no command line and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from engine.clock import FOREVER_PS, PS_PER_NS, Clock
+from engine.prompts import Prompt, RequestError
+from engine.runner import Runner
+from policies import Policy, faults
+from policies.cost import Cost
+from policies.invariants import InvariantError, check, check_idle
+from policies.journal import Journal, result
+from policies.ledger import Ledger
+from policies.plan import Plan, Work
+from policies.view import Limits
+from traces.record import RunResult
+from traces.request import NO_ADAPTER, Request, Trace
+
+INTERRUPTED = "the replay was interrupted"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What a replay depends on beside trace, policy and model.
+
+    pages: KV pages of the pool, None: what the memory holds, times memory_share. operator: None for the policy's own.
+    targets: projections that adapters may touch. graphs: CUDA graphs for decode steps.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    operator: str | None = None
+    page_tokens: int = 16
+    pages: int | None = None
+    memory_share: float = 1.0
+    prefix_cache: bool = True
+    targets: tuple[str, ...] = ("qkv", "o")
+    graphs: bool = True
+    seed: int = 0
+    keep_steps: bool = True
+    check_invariants: bool = False
+
+
+class Driver:
+    """One run. runner None: nothing is computed, only decided (under a mocked clock).
+
+    prompts: what requests say, by id; made up for the others. reasons: why requests failed, by id. stop: set it to end
+    the run at the next step boundary.
+    """
+
+    def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost, journal: Journal, clock: Clock,
+                 runner: Runner | None = None, *, prompts: dict[int, Prompt] | None = None, check_invariants: bool = False,
+                 progress: Callable[[int, int], None] | None = None):
+        self.policy, self.ledger, self.cost, self.journal, self.clock = policy, ledger, cost, journal, clock
+        self.runner = runner
+        self.reasons: dict[int, str] = {}
+        self.stop = False
+        self.last_ps = 0  # when the last step ended
+        self.arrived = 0
+        self._prompts = prompts or {}
+        self._check = check_invariants
+        self._progress = progress
+        self._requests = trace.requests()
+        self._next = next(self._requests, None)
+
+    # -- what reaches it from outside -----------------------------------------------------------------------------------
+    def _next_arrival_ps(self) -> int:
+        return FOREVER_PS if self._next is None else self._next.arrival_ns * PS_PER_NS
+
+    def _receive(self) -> None:
+        """Requests and adapters that have come by now."""
+        now_ps = self.clock.now_ps()
+        while self._next_arrival_ps() <= now_ps:
+            request, self._next = self._next, next(self._requests, None)
+            self.arrived += 1
+            self._arrive(request, now_ps // PS_PER_NS)
+        for adapter in self.clock.loaded():
+            self.ledger.loaded(adapter)
+            if self.runner is not None:
+                self.runner.lora.installed(adapter)
+
+    def _arrive(self, request: Request, now_ns: int) -> None:
+        reason = None
+        if self.runner is not None:
+            try:
+                self.runner.admit(request, self._prompts.get(request.id))
+            except RequestError as error:
+                reason = str(error)
+        if not self.ledger.enqueue(request):
+            if self.runner is not None:
+                self.runner.drop(request.id)
+        elif reason is not None:
+            self._fail(request.id, reason, now_ns)
+
+    def _fail(self, request: int, reason: str, now_ns: int) -> None:
+        self.reasons[request] = reason
+        faults.fail(self.ledger, request, now_ns)
+        if self.runner is not None:
+            self.runner.drop(request)
+
+    # -- the loop -------------------------------------------------------------------------------------------------------
+    def run(self) -> None:
+        """Until every request has ended, or `stop`. Raises PlanError or InvariantError if the policy or engine is wrong."""
+        while not self.stop:
+            self._receive()
+            if not self.ledger.has_work():
+                if self._next is None:
+                    return
+                self.clock.sleep(self._next_arrival_ps())
+                continue
+            start_ps = self.clock.now_ps()
+            plan = self.policy.decide(self.ledger.view(start_ps // PS_PER_NS))
+            if self._check:
+                check_idle(self.ledger, plan)
+            work = self.ledger.begin(plan, start_ps // PS_PER_NS)
+            try:
+                self._execute(plan, work, start_ps)
+            except RequestError as error:
+                self._call_off()
+                self._fail(error.request, str(error), self.clock.now_ps() // PS_PER_NS)
+            except torch.OutOfMemoryError:
+                self._call_off()
+                self._shrink(plan)
+            if self._check:
+                check(self.ledger, self.journal.ended)
+                if self.runner is not None:
+                    tables = {i: s.table for i, s in self.runner.sequences.items() if s.table is not None}
+                    self.runner.cache.check(self.ledger, tables)
+        for request in list(self.ledger.entries):
+            self._fail(request, INTERRUPTED, self.clock.now_ps() // PS_PER_NS)
+
+    def _execute(self, plan: Plan, work: Work, start_ps: int) -> None:
+        for adapter in plan.loads:
+            self.journal.counters["load_bytes"] += self.cost.adapter_bytes(adapter)
+            self.clock.start_load(adapter)
+        if self.runner is not None:
+            self.runner.begin(plan, self.ledger)
+        if plan.decodes or plan.prefills:
+            self._lease(plan, work, start_ps)
+        elif not (plan.preempts or plan.aborts or plan.evicts):
+            self._refuse_deadlock(plan)
+            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+            self.clock.sleep(min(until_ps, self._next_arrival_ps()))
+
+    def _lease(self, plan: Plan, work: Work, start_ps: int) -> None:
+        """Run the plan's steps up to the first boundary at or after the next event; then commit them."""
+        ledger, runner, clock = self.ledger, self.runner, self.clock
+        most = 1 if plan.prefills else ledger.lease_steps()
+        until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+        until_ps = min(until_ps, self._next_arrival_ps())
+        ends: list[int] = []
+        launched, enqueued_ps, halt = 0, start_ps, False
+        while True:
+            while launched < most and launched - len(ends) < clock.depth and not halt:
+                halt = not self._launched(launched)
+                launched += not halt
+                if launched == 1 and not ends:
+                    enqueued_ps = clock.now_ps()
+            if len(ends) == launched:
+                break
+            ends.append(clock.finish_step(work, len(ends)))
+            halt = halt or self.stop or clock.interrupted(until_ps)
+        ledger.commit(launched, ends[0] // PS_PER_NS, ends[-1] // PS_PER_NS)
+        self.last_ps = ends[-1]
+        if runner is not None:
+            runner.settle(ledger, launched)
+        for begin_ps, end_ps in pairwise(ends):
+            self.journal.gap_run(begin_ps, end_ps - begin_ps, 0, 1, work.decodes)
+        self._write_step(plan, work, launched, start_ps, enqueued_ps)
+        if self._progress is not None:
+            self._progress(self.journal.ended, launched * work.decodes + work.outputs - work.decodes)
+
+    def _launched(self, number: int) -> bool:
+        """Put step `number` of the lease on the device. False if there was no memory for it, unless it is the first."""
+        if self.runner is None:
+            return True
+        try:
+            self.runner.launch(self.ledger, number)
+        except torch.OutOfMemoryError:
+            if not number:
+                raise
+            return False  # the steps before it count
+        return True
+
+    def _write_step(self, plan: Plan, work: Work, steps: int, start_ps: int, enqueued_ps: int) -> None:
+        """One row a lease. Where the time went is known as far as: host, until the first step was on the device; the rest
+        is under linear, the forward pass as a whole."""
+        duration_ps, host_ps = self.last_ps - start_ps, enqueued_ps - start_ps
+        self.journal.step((
+            self.journal.server, start_ps, duration_ps, steps, plan.mode, plan.merged, work.decodes, len(work.prefills),
+            work.prefill_tokens, work.images, work.adapters, work.context_tokens, duration_ps - host_ps, 0, 0, 0, host_ps, 0,
+        ))  # fmt: skip
+
+    # -- faults -----------------------------------------------------------------------------------------------------------
+    def _call_off(self) -> None:
+        faults.call_off(self.ledger, self.clock.now_ps() // PS_PER_NS)
+        self.runner.call_off()
+
+    def _shrink(self, plan: Plan) -> None:
+        """There was no memory for this step: smaller ones from now on; if they cannot be smaller, its requests fail."""
+        if self.runner.last_tokens.is_cuda:
+            torch.cuda.empty_cache()
+        if not faults.shrink(self.ledger):
+            for request in [*(request for request, _ in plan.prefills), *plan.decodes]:
+                if request in self.ledger.entries:
+                    self._fail(request, "no memory even for the smallest step", self.clock.now_ps() // PS_PER_NS)
+
+    def _refuse_deadlock(self, plan: Plan) -> None:
+        if not self.clock.loading() and plan.until_ns is None and self._next is None:
+            raise InvariantError(
+                f"policy {self.policy.name} stands still with {len(self.ledger.entries)} unfinished requests, no copy under "
+                f"way and no arrival to come"
+            )
+
+
+def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_bytes: int) -> RunResult:
+    """What a run left behind, in the simulator's form. After an interruption only the requests that had arrived count."""
+    pool = driver.ledger.pool
+    counters = {
+        "gpus": 1, "end_ns": max([driver.last_ps // PS_PER_NS, *trace.arrival_ns[: driver.arrived][-1:].tolist()]),
+        "peak_pages": pool.peak, "pool_pages": pool.pages, "page_bytes": page_bytes,
+    }  # fmt: skip
+    notes = list(config["notes"])
+    if driver.arrived < len(trace):
+        notes.append(f"interrupted: {driver.arrived} of {len(trace)} requests had arrived")
+    for request, reason in list(driver.reasons.items())[:20]:
+        notes.append(f"request {request} failed: {reason}")
+    if len(driver.reasons) > 20:
+        notes.append(f"{len(driver.reasons) - 20} more requests failed")
+    run = result([driver.journal], policy=driver.policy.name, operator=operator, counters=counters,
+                 config=config | {"notes": notes})  # fmt: skip
+    run.requests["task"] = trace.task[: driver.arrived].astype(np.int64)
+    return run
+
+
+def resolved(trace: Trace, policy: Policy, config: EngineConfig, cost: Cost, model: dict, device: dict) -> dict:
+    """The configuration as the record keeps it. model, device: facts for the reader."""
+    profile = cost.profile
+    return {
+        "trace": {"source": trace.source, "sha256": trace.sha256, "format": trace.format, "settings": trace.settings},
+        "profile": {"name": profile.name, "sha256": profile.sha256, "kind": profile.kind, "provenance": profile.provenance},
+        "model": model["name"],
+        "policy": {"name": policy.name, **asdict(policy)},
+        "engine": asdict(replace(config, operator=config.operator or policy.operator)) | {"model": model, "device": device},
+        "adapters": [{"name": adapter.name, "rank": adapter.rank} for adapter in trace.adapters],
+        "seed": trace.settings.get("seed"),
+        "notes": list(trace.notes),
+    }
+
+
+def stripped(trace: Trace, policy: Policy) -> Trace:
+    """The trace as the policy serves it: without adapters for the base model."""
+    if getattr(policy, "strips_adapters", False):
+        return trace.with_(adapter=np.full(len(trace), NO_ADAPTER, np.int32))
+    return trace
