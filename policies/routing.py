@@ -1,4 +1,4 @@
-"""Which GPU a new request goes to: pure functions of the request and of what each replica reports.
+"""Which GPU a new request goes to: functions of the request and of what each replica reports, and dLoRA's, with a memory.
 
 A router sees the state that its replicas had committed when the request arrived; a running lease is not looked into.
 """
@@ -8,10 +8,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from policies.ledger import Ledger
+from policies.placement import DLoraRouter, Move
 from traces.request import Request
 
 Router = Callable[[Request, Sequence[Ledger], int], int]
 """(request, the replicas' ledgers, requests routed so far) -> number of the replica. Must not change the ledgers."""
+
+
+def make_router(name: str) -> Router:
+    """The router called `name`, for one run."""
+    router = ROUTERS[name]
+    return router() if isinstance(router, type) else router
+
+
+def moves(router: Router, replicas: Sequence[Ledger]) -> list[Move]:
+    """Waiting requests that change their replica after an arrival; none unless the router migrates."""
+    migrate = getattr(router, "migrate", None)
+    return migrate(replicas) if migrate is not None else []
 
 
 def round_robin(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
@@ -50,9 +63,11 @@ def _holds(replica: Ledger, adapter: int) -> bool:
     return adapter < 0 or adapter in replica.pool.resident or adapter in replica.pool.loading
 
 
-ROUTERS: dict[str, Router] = {
+ROUTERS: dict[str, Router | type] = {
     "least-outstanding": least_outstanding,
     "round-robin": round_robin,
     "affinity": adapter_affinity,
     "consolidate": consolidate,
+    "dlora": DLoraRouter,
 }
+"""A router, or the class of one that keeps a memory (`make_router`)."""

@@ -18,9 +18,10 @@ from policies.cost import Cost
 from policies.invariants import InvariantError
 from policies.journal import Journal, result
 from policies.ledger import Ledger
+from policies.placement import withdraw
 from policies.pool import Pool
 from policies.profile import Profile, ProfileError
-from policies.routing import ROUTERS
+from policies.routing import make_router, moves
 from policies.view import Limits
 from sim.server import FOREVER_PS, PS_PER_NS, Server, at
 from traces.record import STATUS, RunResult
@@ -105,7 +106,7 @@ class Dispatcher:
         self.servers: list[Server] = []
         self._env = env
         self._requests = trace.requests()
-        self._route = ROUTERS[router]
+        self._route = make_router(router)
         self._progress = progress
         self._routed = 0
         self._next = next(self._requests, None)
@@ -126,12 +127,16 @@ class Dispatcher:
     def _deliver(self, _event) -> None:
         request, servers = self._next, self.servers
         number = 0
+        ledgers = [server.ledger for server in servers]
         if len(servers) > 1:
-            number = self._route(request, [server.ledger for server in servers], self._routed)
+            number = self._route(request, ledgers, self._routed)
         self._routed += 1
         self._next = next(self._requests, None)
         self._schedule()
         servers[number].arrive(request)
+        if len(servers) > 1:
+            for moving, source, target in moves(self._route, ledgers):
+                servers[target].arrive(withdraw(ledgers[source], moving))
         if self._progress is not None and self._routed % 256 == 0:
             self._progress(sum(server.journal.ended for server in servers))
 

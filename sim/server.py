@@ -74,7 +74,7 @@ class Server:
     def _serve(self):
         env, ledger, policy, cost = self.env, self.ledger, self.policy, self.cost
         while True:
-            if not ledger.has_work():
+            while not ledger.has_work():  # a copy that arrives late wakes it, too
                 yield self._sleep(None)
             start_ps = env.now
             now_ns = start_ps // PS_PER_NS
