@@ -139,7 +139,7 @@ class Batch:
             tokens = min(entry.target - done, self.tokens)
             pages = -(-(done + tokens) // page)
             if not self._admits(-(-entry.target // page)):
-                return False
+                return self._waits_for_copies()
             self._promised += -(-entry.target // page) - pages
         else:
             tokens = min(entry.target - entry.kv, self.tokens)
@@ -165,6 +165,17 @@ class Batch:
         running = self.decodes or self.prefills or view.decoding
         need = pages + self._promised + (int(RESERVE * view.pool_pages) if running else 0)
         return self._evict_for(need)
+
+    def _waits_for_copies(self) -> bool:
+        """True if nothing runs and copies under way hold memory: then those behind may start meanwhile."""
+        if self.decodes or self.prefills:
+            return False
+        return bool(self.loads) or any(map(self.view.is_loading, range(len(self.view.adapters))))
+
+    @property
+    def is_empty(self) -> bool:
+        """True if nothing would be computed, nor memory taken back so that it can be."""
+        return not (self.decodes or self.prefills or self.preempts)
 
     def fill(self, entries: Iterable[Entry]) -> Batch:
         """Add entries in order until the budget is spent."""
@@ -223,6 +234,16 @@ def most_common(view: View) -> int:
                 best = adapter
             most = count
     return best
+
+
+def lease_end(batch: Batch, until_ns: int | None) -> int | None:
+    """`until_ns`, or now where the plan changes the mode, pauses or resumes somebody: who starves next, and when, depends
+    on that, so the policy looks again after one step."""
+    view, decodes, paused = batch.view, batch.decodes, len(batch.view.paused)
+    same = batch.mode == view.mode and batch.merged == view.merged and len(decodes) + paused == len(view.decoding)
+    if same and not (paused and any(map(view.is_paused, decodes))):
+        return until_ns
+    return view.now_ns
 
 
 def by_urgency(view: View, urgent: Iterable[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from policies.batching import Batch, by_urgency, most_common, starving
+from policies.batching import Batch, by_urgency, lease_end, most_common, starving
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import View
 
@@ -51,16 +51,14 @@ class DLora:
         merged = view.mode == MERGED and view.merged == most
         threshold = thresholds.merge_left if merged else thresholds.merge_right
         merge = most >= 0 and view.is_resident(most) and not urgent and count >= threshold * fcfs
-        if merge != (view.mode == MERGED):
-            thresholds = self._adapt(view, thresholds, most, count, fcfs)
         if merge:
             batch = Batch(view, by_urgency(view, waited_long, view.decoding_of(most)), MERGED, most)
             batch.fill(view.queue_of(most))
-        else:
-            batch = Batch(view, by_urgency(view, waited_long, view.decoding), UNMERGED)
-            if view.queued:
-                batch.fill(view.queue())
-        return batch.plan(until_ns=until_ns, memo=thresholds)
+        if not merge or batch.is_empty:  # empty: the others, paused, hold the memory
+            batch = Batch(view, by_urgency(view, waited_long, view.decoding)).fill(view.queue())
+        if (batch.mode == MERGED) != (view.mode == MERGED) and not batch.is_empty:
+            thresholds = self._adapt(view, thresholds, most, count, fcfs)
+        return batch.plan(until_ns=lease_end(batch, until_ns), memo=thresholds)
 
     @staticmethod
     def _adapt(view: View, thresholds: Thresholds, most: int, count: int, fcfs: int) -> Thresholds:

@@ -34,20 +34,23 @@ class SLora:
         if not view.queued:
             return only_decode(view)
         batch = Batch(view, view.decoding)
-        batch.fill(self._hopeful(view, batch))
+        last_ns: list[int] = []
+        batch.fill(self._hopeful(view, batch, last_ns))
         prefetch(batch, (entry for entry in view.waiting if entry.id not in batch.aborts), self.prefetch)
-        return batch.plan()
+        return batch.plan(until_ns=min(last_ns) + 1 if last_ns else None)
 
     @staticmethod
-    def _hopeful(view: View, batch: Batch) -> Iterator[Entry]:
-        """The queue without the waiting requests whose first token would come after their SLO even if they ran now."""
+    def _hopeful(view: View, batch: Batch, last_ns: list[int]) -> Iterator[Entry]:
+        """The queue without the waiting requests whose first token would come after their SLO even if they ran now.
+        last_ns: filled with the last moments at which those that are left can start."""
         started = {entry.id for entry in view.prefilling}
         for entry in view.queue():
             if entry.ttft_slo_ns and entry.id not in started and not entry.preemptions:
-                soonest_ns = view.now_ns + view.cost.prefill_ns(entry.prompt_tokens, entry.images)
-                if soonest_ns > entry.arrival_ns + entry.ttft_slo_ns:
+                start_ns = entry.arrival_ns + entry.ttft_slo_ns - view.cost.prefill_ns(entry.prompt_tokens, entry.images)
+                if view.now_ns > start_ns:
                     batch.aborts.append(entry.id)
                     continue
+                last_ns.append(start_ns)
             yield entry
 
 

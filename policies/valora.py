@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.batching import Batch, by_urgency, most_common, only_decode, prefetch, starving
+from policies.batching import Batch, by_urgency, lease_end, most_common, only_decode, prefetch, starving
 from policies.plan import MERGED, MIXTURE, Plan
-from policies.view import DECODING, View
+from policies.view import DECODING, Entry, View
 
 
 @dataclass(frozen=True)
@@ -51,27 +51,35 @@ class Valora:
         if view.mode == MIXTURE and view.merged == most:
             taken_up = {r for r in view.decoding if not view.is_paused(r)}.difference(view.decoding_of(most))
         cold = taken_up.union(entry.id for entry in waited_long if entry.adapter != most)
-        if len(cold) > half or (cold and not self.mixture):
-            return self._unmerged(view)
-        if cold:
-            cold_decodes = tuple(r for r in view.decoding if r in cold)
-            decodes = cold_decodes + by_urgency(view, waited_long, view.decoding_of(most))
-            batch = Batch(view, decodes, MIXTURE, most)
-            urgent = {entry.id: entry for entry in waited_long if entry.state != DECODING}
-            batch.fill(urgent.values()).fill(entry for entry in view.queue_of(most) if entry.id not in urgent)
-        else:
-            batch = Batch(view, by_urgency(view, waited_long, view.decoding_of(most)), MERGED, most)
-            batch.fill(view.queue_of(most))
+        fold = len(cold) <= half and (self.mixture or not cold)
+        batch = self._folded(view, most, cold, waited_long) if fold else None
+        if batch is None or batch.is_empty:  # empty: the others, paused, hold the memory
+            batch = Batch(view, by_urgency(view, waited_long, view.decoding)).fill(view.queue())
         prefetch(batch, view.waiting, self.prefetch)
-        return batch.plan(until_ns=until_ns)
+        return batch.plan(until_ns=lease_end(batch, until_ns))
+
+    @staticmethod
+    def _folded(view: View, most: int, cold: set[int], waited_long: list[Entry]) -> Batch:
+        """Merged on `most`; mixture, the cold first, where there are any."""
+        if not cold:
+            batch = Batch(view, by_urgency(view, waited_long, view.decoding_of(most)), MERGED, most)
+            return batch.fill(view.queue_of(most))
+        cold_decodes = tuple(request for request in view.decoding if request in cold)
+        first = [*map(view.entry, cold_decodes), *waited_long]
+        batch = Batch(view, by_urgency(view, first, cold_decodes + view.decoding_of(most)), MIXTURE, most)
+        urgent = {entry.id: entry for entry in waited_long if entry.state != DECODING}
+        return batch.fill(urgent.values()).fill(entry for entry in view.queue_of(most) if entry.id not in urgent)
 
     def _unmerged(self, view: View) -> Plan:
-        if not view.queued and len(view.decoding) <= view.limits.max_batch:
-            return only_decode(view)
-        until_ns, urgent = None, []
-        if len(view.decoding) > view.limits.max_batch:
+        if len(view.decoding) <= view.limits.max_batch:
+            if not view.queued:
+                return only_decode(view)
+            batch, until_ns = Batch(view, view.decoding), None
+        else:
             urgent, until_ns = starving(view, self._patience_ns(view))
-        batch = Batch(view, by_urgency(view, urgent, view.decoding)).fill(view.queue())
+            batch = Batch(view, by_urgency(view, urgent, view.decoding))
+            until_ns = lease_end(batch, until_ns)
+        batch.fill(view.queue())
         prefetch(batch, view.waiting, self.prefetch)
         return batch.plan(until_ns=until_ns)
 

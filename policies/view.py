@@ -8,7 +8,7 @@ invariant checks on, the ledger compares its state before and after every decisi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,7 @@ class View:
         return self._ledger.decoding_ids_of(adapter)
 
     @property
-    def paused(self) -> Iterable[Entry]:
+    def paused(self) -> Collection[Entry]:
         """Decoding requests that the last step left out, the longest paused first."""
         return self._ledger.paused.values()
 
