@@ -170,6 +170,7 @@ class Driver:
                 break
             ends.append(clock.finish_step(work, len(ends)))
             halt = halt or self.stop or clock.interrupted(until_ps)
+        self._receive()  # before the commit, since it came before the steps' end: the order of last use depends on it
         ledger.commit(launched, ends[0] // PS_PER_NS, ends[-1] // PS_PER_NS)
         self.last_ps = ends[-1]
         if runner is not None:

@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engine.models import FAMILIES as CLASSES  # noqa: E402
 from engine.models import config_of, shape_of  # noqa: E402
 from engine.positions import prompt_positions  # noqa: E402
 from engine.prompts import pixels_of  # noqa: E402
@@ -14,7 +15,7 @@ FAMILIES = ("tiny-llava", "tiny-qwen2-vl")
 TOLERANCE = 2e-5
 
 
-def truth(model, sequence, hf=None):
+def truth(model, sequence):
     """transformers' logits [tokens, vocab] for a finished sequence, by itself and in one piece."""
     shape = model.shape
     ids = torch.from_numpy(np.concatenate([sequence.prompt.ids, np.array(sequence.generated[:-1], np.int32)])).long()[None]
@@ -30,14 +31,14 @@ def truth(model, sequence, hf=None):
         rest = np.arange(positions.shape[1], ids.shape[1], dtype=np.int32) + sequence.delta
         inputs["position_ids"] = torch.from_numpy(np.concatenate([positions, np.tile(rest, (3, 1))], axis=1)).long()[:, None]
     with torch.inference_mode():
-        return (hf or model.hf)(input_ids=ids, use_cache=False, **inputs).logits[0]
+        return model.hf(input_ids=ids, use_cache=False, **inputs).logits[0]
 
 
 @pytest.fixture
 def compared(world):
     """Run a world and return, by request, the largest difference from transformers over all tokens it got."""
 
-    def run(w, hf_of=lambda adapter: None):
+    def run(w):
         seen = {}
 
         def observe(sequences, logits):
@@ -48,7 +49,7 @@ def compared(world):
         w.run()
         worst = {}
         for request, (sequence, rows) in seen.items():
-            expected = truth(w.model, sequence, hf_of(sequence.adapter))[len(sequence.prompt.ids) - 1 :]
+            expected = truth(w.model, sequence)[len(sequence.prompt.ids) - 1 :]
             assert len(rows) == len(expected) == len(sequence.generated)
             worst[request] = float((torch.stack(rows) - expected).abs().max())
         return worst
@@ -100,22 +101,20 @@ def test_positions_are_those_of_transformers():
 
 @pytest.mark.parametrize(
     ("name", "parameters", "kv_bytes", "image_tokens"),
-    [("llava-1.5-7b", 7.063e9, 524_288, 576), ("llava-1.5-13b", 13.351e9, 819_200, 576), ("qwen2-vl-7b", 8.291e9, 57_344, 256)],
+    [
+        ("llava-1.5-7b", 7.063e9, 524_288, 576),
+        ("llava-1.5-13b", 13.351e9, 819_200, 576),
+        ("qwen2-vl-7b", 8.291e9, 57_344, 256),
+    ],
 )
 def test_configurations_are_those_of_the_published_models(name, parameters, kv_bytes, image_tokens):
     import transformers
 
     config = config_of(name)
     with torch.device("meta"):
-        kind = getattr(transformers, config.architectures[0] if config.architectures else _class_of(config))
-        model = kind(config)
+        model = getattr(transformers, CLASSES[config.model_type])(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
     shape = shape_of(name, config)
     assert shape.kv_bytes_per_token(torch.bfloat16) == kv_bytes
     assert shape.image_tokens == image_tokens
 
-
-def _class_of(config):
-    from engine.models import FAMILIES as CLASSES
-
-    return CLASSES[config.model_type]

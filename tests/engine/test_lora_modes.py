@@ -1,0 +1,114 @@
+"""Every mode gives PEFT's result for the same request; every operator gives the reference's."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+TOLERANCE = 5e-5
+FAMILIES = ("tiny-llava", "tiny-qwen2-vl")
+TARGETS = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture
+def folders(tmp_path, trace, model):
+    """Folders of adapters in PEFT's format for the adapters of `trace`, written by us, with effects that are easy to see."""
+    from engine.peft_format import random_adapter, write_adapter
+
+    def make(name, targets):
+        shape = model(name)[0].shape
+        rng = np.random.default_rng(7)
+        for adapter in trace(1).adapters:
+            weights = random_adapter(shape, adapter.name, adapter.rank, targets, rng)
+            write_adapter(tmp_path, weights, name)
+        return tmp_path
+
+    return make
+
+
+def peft_logits(name, root, adapter, sequence):
+    """PEFT's logits [tokens, vocab] for a sequence without images."""
+    from engine.models import random_model
+
+    hf = random_model(name, dtype=torch.float32, device="cpu", seed=1).hf
+    if adapter is not None:
+        hf = peft.PeftModel.from_pretrained(hf, root / adapter).eval()
+    ids = torch.from_numpy(np.concatenate([sequence.prompt.ids, np.array(sequence.generated[:-1], np.int32)])).long()
+    with torch.inference_mode():
+        return hf(input_ids=ids[None], use_cache=False).logits[0, len(sequence.prompt.ids) - 1 :]
+
+
+class Script:
+    """A policy that prefills everything at once and then decodes in one given mode."""
+
+    name, operator, switch, merges, oracle = "script", "none", "fused", True, False
+
+    def __init__(self, mode, merged):
+        self.mode, self.merged = mode, merged
+
+    def decide(self, view):
+        from policies.plan import Plan
+
+        mine = [e for e in view.waiting if self.mode != 2 or e.adapter == self.merged]
+        missing = tuple(a for a in range(len(view.adapters)) if not view.is_resident(a) and not view.is_loading(a))
+        if missing or any(view.is_loading(a) for a in range(len(view.adapters))):
+            return Plan(loads=missing)
+        prefills = tuple((e.id, e.target) for e in mine)
+        decodes = () if prefills else view.decoding
+        return Plan(self.mode, self.merged, prefills, decodes)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("mode", "merged"), [(1, -1), (2, 1), (3, 1)], ids=["unmerged", "merged", "mixture"])
+def test_each_mode_equals_peft(world, trace, folders, name, mode, merged):
+    root = folders(name, TARGETS)
+    adapter = [1, 1, 1] if mode == 2 else [0, 1, 2, -1, 1]
+    n = len(adapter)
+    requests = trace(n, images=0, output=4, adapter=np.array(adapter, np.int32), span_ns=1)
+    w = world(name, requests, "valora", limits=(8, 512, 256), root=root, targets=TARGETS)
+    before = [w.decoder.weight((layer, "o")).clone() for layer in range(w.model.shape.layers)]
+    w.driver.policy = Script(mode, merged)
+    w.driver._check = False  # the script waits for all adapters, which is idle by the ledger's rule
+    seen = {}
+
+    def observe(sequences, logits):
+        for sequence, row in zip(sequences, logits, strict=True):
+            seen.setdefault(sequence.id, (sequence, []))[1].append(row.clone())
+
+    w.runner.observer = observe
+    w.run()
+    assert len(seen) == n
+    assert w.ledger.journal.counters["switches"] == (mode > 1)
+    for sequence, rows in seen.values():
+        named = None if sequence.adapter < 0 else requests.adapters[sequence.adapter].name
+        expected = peft_logits(name, root, named, sequence)
+        plain = peft_logits(name, root, None, sequence)
+        assert float((torch.stack(rows) - expected).abs().max()) < TOLERANCE
+        assert named is None or float((plain - expected).abs().max()) > 100 * TOLERANCE
+    after = [w.decoder.weight((layer, "o")) for layer in range(w.model.shape.layers)]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "unfolding must restore every bit"
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path, model):
+    from engine.models import random_model
+    from engine.peft_format import read_adapter
+
+    hf = random_model("tiny-llava", dtype=torch.float32, device="cpu", seed=1).hf
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=r".*language_model.*\.(q_proj|o_proj)", init_lora_weights=False
+    )
+    peft.get_peft_model(hf, config, adapter_name="mine").save_pretrained(tmp_path)
+    read = read_adapter(tmp_path, "mine", model("tiny-llava")[0].shape)
+    assert read.scale == 3.0
+    assert set(read.factors) == {(layer, name, 0) for layer in (0, 1) for name in ("qkv", "o")}
+
+
+@pytest.mark.parametrize("operator", ["atmm", "loop", "peft", "punica", "vllm", "slora", "dlora", "grouped"])
+def test_every_operator_serves(world, trace, operator):
+    """In Triton's interpreter, hence one short request for each adapter."""
+    requests = trace(3, images=0, output=2, adapter=np.array([0, 1, -1], np.int32), adapters=2, span_ns=1)
+    requests = requests.with_(prompt_tokens=np.array([3, 4, 2]))
+    expected = world("tiny-qwen2-vl", requests, targets=("o",)).run()
+    assert world("tiny-qwen2-vl", requests, operator=operator, targets=("o",)).run() == expected
