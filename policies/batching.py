@@ -241,7 +241,7 @@ def lease_end(batch: Batch, until_ns: int | None) -> int | None:
     on that, so the policy looks again after one step."""
     view, decodes, paused = batch.view, batch.decodes, len(batch.view.paused)
     same = batch.mode == view.mode and batch.merged == view.merged and len(decodes) + paused == len(view.decoding)
-    if same and not (paused and any(map(view.is_paused, decodes))):
+    if batch.is_empty or (same and not (paused and any(map(view.is_paused, decodes)))):
         return until_ns
     return view.now_ns
 

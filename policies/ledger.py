@@ -169,8 +169,9 @@ class Ledger:
 
     def lease_steps(self) -> int:
         """The most steps for which the plan just begun stands if nothing arrives or loads: until a member of the batch
-        ends or memory runs out; one if the plan has prefills, or preempts, since what that freed may let others in."""
-        if self._plan.prefills or self._plan.preempts:
+        ends or memory runs out. One if the plan does more than decode: what it changed may call for another one."""
+        plan = self._plan
+        if plan.prefills or plan.loads or plan.evicts or plan.preempts or plan.aborts:
             return 1
         steps = self.cohort.steps_within(self.pool.free)
         assert steps >= 1, "judge() lets no plan pass whose first step does not fit"

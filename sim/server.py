@@ -23,6 +23,7 @@ from traces.request import Request
 
 PS_PER_NS = 1000
 FOREVER_PS = 1 << 62
+MOST_TURNS = 20_000  # decisions in a row at one instant that compute nothing; far more than requests run together
 
 
 def at(env: simpy.Environment, time_ps: int, action: Callable[[Event], None]) -> None:
@@ -48,6 +49,7 @@ class Server:
         self.last_ps = 0  # when the last step ended
         self._next_arrival_ps = next_arrival_ps
         self._asleep: Event | None = None
+        self._turns = (-1, 0)  # (time of the last decision that computed nothing, how many in a row at that time)
         self._link_free_ps = 0
         self._next_load_ps = FOREVER_PS
         self._loads: list[int] = []  # times at which copies end, ascending
@@ -85,6 +87,7 @@ class Server:
             if plan.loads:
                 self._start_loads(plan.loads)
             if not plan.decodes and not plan.prefills:
+                self._refuse_standstill(start_ps)
                 moved = plan.preempts or plan.aborts or plan.evicts
                 if not moved:
                     self._refuse_deadlock(plan)
@@ -130,6 +133,14 @@ class Server:
             asleep = self._asleep
             at(self.env, max(until_ns * PS_PER_NS, self.env.now), lambda _: self._wake() if asleep is self._asleep else None)
         return self._asleep
+
+    def _refuse_standstill(self, now_ps: int) -> None:
+        since_ps, turns = self._turns
+        self._turns = (now_ps, turns + 1 if since_ps == now_ps else 1)
+        if turns > MOST_TURNS:
+            raise InvariantError(
+                f"policy {self.policy.name} decides again and again at {now_ps // PS_PER_NS} ns and computes nothing"
+            )
 
     def _refuse_deadlock(self, plan: Plan) -> None:
         if not self._loads and plan.until_ns is None and self._next_arrival_ps() == FOREVER_PS:
