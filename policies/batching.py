@@ -9,6 +9,7 @@ preempted for recomputation (vLLM's order).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import WAITING, Entry, View
@@ -111,7 +112,7 @@ class Batch:
             return False
         if not (view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads):
             pages = view.adapter_pages(adapter)
-            if not self._evict_for(pages):
+            if not self._evict_for(pages + self._promise()):
                 return False
             self.loads.append(adapter)
             self.free -= pages
@@ -150,6 +151,7 @@ class Batch:
                     break
             if pages > self.free or entry.id in self.preempts:
                 return False
+            self._promised = self._promise() - pages
         self.free -= pages
         self.slots -= 1
         self.tokens -= tokens
@@ -159,12 +161,16 @@ class Batch:
     def _admits(self, pages: int) -> bool:
         """True if a new request of `pages` pages fits beside the prefills under way; evicts for it if need be."""
         view = self.view
-        if self._promised < 0:
-            page = view.page_tokens
-            self._promised = sum(-(-e.target // page) + (-e.kv // page) for e in view.prefilling)
         running = self.decodes or self.prefills or view.decoding
-        need = pages + self._promised + (int(RESERVE * view.pool_pages) if running else 0)
+        need = pages + self._promise() + (int(RESERVE * view.pool_pages) if running else 0)
         return self._evict_for(need)
+
+    def _promise(self) -> int:
+        """Pages that prefills under way need beyond this step: neither admissions nor copies may take them."""
+        if self._promised < 0:
+            page = self.view.page_tokens
+            self._promised = sum(-(-e.target // page) + (-e.kv // page) for e in self.view.prefilling)
+        return self._promised
 
     def _waits_for_copies(self) -> bool:
         """True if nothing runs and copies under way hold memory: then those behind may start meanwhile."""
@@ -210,10 +216,12 @@ def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
 def starving(view: View, patience_ns: int) -> tuple[list[Entry], int | None]:
     """The requests without progress for more than `patience_ns`, and when the next one joins them (None: nobody is left).
 
-    Looks only at those that starve and at one more of each queue: the queues are in order of their last progress.
+    Looks only at those that starve and at one more of each queue: the queues are in order of their last progress. Of those
+    that never ran only as many as a step can take, so that a backlog of thousands costs no more than a full batch.
     """
     now_ns, found, next_ns = view.now_ns, [], None
-    for entries, ordered in ((view.prefilling, False), (view.preempted, False), (view.arrived, True), (view.paused, True)):
+    arrived = islice(view.arrived, view.limits.max_batch + 1)
+    for entries, ordered in ((view.prefilling, False), (view.preempted, False), (arrived, True), (view.paused, True)):
         for entry in entries:
             due_ns = entry.since_ns + patience_ns + 1
             if due_ns <= now_ns:

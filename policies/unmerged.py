@@ -95,7 +95,7 @@ class Fcfs:
         slots.discard(-1)
         for entry in view.queue():
             if entry.adapter < 0 or entry.adapter in slots or len(slots) < self.max_loras:
-                if entry.adapter >= 0:
+                if entry.adapter >= 0 and view.is_resident(entry.adapter):  # a copy under way takes no slot of this step
                     slots.add(entry.adapter)
                 yield entry
 
