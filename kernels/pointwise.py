@@ -16,6 +16,10 @@ from torch.nn import functional
 HEADS_A_PROGRAM = 16
 
 
+def _fused(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
 @triton.jit
 def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, ADD: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -35,7 +39,7 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, ADD: tl.constex
 
 def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of residual + x, [T, H]; the sum is written into `residual` (x None: residual alone). Rows contiguous."""
-    if residual.is_cuda:
+    if _fused(residual):
         rows, width = residual.shape
         out = torch.empty_like(residual)
         if rows:
@@ -90,7 +94,7 @@ def rope_store(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache:
     cos, sin float32 [T, D / 2]; caches [pages, kv_heads, page_tokens, D]; slots int32 [T]: page * page_tokens + offset.
     """
     _, kv_heads, page, width = k_cache.shape
-    if qkv.is_cuda:
+    if _fused(qkv):
         runs = triton.cdiv(heads + 2 * kv_heads, HEADS_A_PROGRAM)
         if len(qkv):
             _rope_store[(len(qkv), runs)](
@@ -123,7 +127,7 @@ def _silu_mul(gate_up_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl.const
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, [T, I], from [T, 2 I] with gate in the first half."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    if gate_up.is_cuda:
+    if _fused(gate_up):
         out = gate_up.new_empty(rows, width)
         if rows:
             block = min(2048, triton.next_power_of_2(width))

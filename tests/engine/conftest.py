@@ -1,10 +1,14 @@
 """A tiny world: a model of two layers in float32, a trace, a policy, a profile with made-up latencies, a mocked clock."""
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+with contextlib.suppress(ImportError):
+    import kernels.target  # noqa: F401  (before triton, which peft imports: it may choose the interpreter)
 
 
 @functools.cache
