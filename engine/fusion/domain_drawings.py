@@ -13,7 +13,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from engine.fusion.drawings import (
-    COLOURS, DRAWN, FONTS, SIZE, Drawing, Thing, corners_text, draw_shape, finish, font, pick, scatter, toned,
+    COLOURS,
+    DRAWN,
+    FONTS,
+    SIZE,
+    Drawing,
+    Thing,
+    corners_text,
+    draw_shape,
+    finish,
+    font,
+    pick,
+    scatter,
+    toned,
 )  # fmt: skip
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -166,7 +178,7 @@ def _solids(rng: np.random.Generator, count: int) -> tuple[Image.Image, list[Thi
         for part in range(4):
             tone = tuple(int(c * (0.55 + 0.15 * part)) for c in COLOURS[thing.colour])
             half = thing.half * (1 - 0.2 * part)
-            draw_shape(draw, thing._replace(half=half, x=thing.x - 1.5 * part, y=thing.y - (1.5 * part if part else 0)), tone)
+            draw_shape(draw, thing._replace(half=half, x=thing.x - 1.5 * part, y=thing.y - 1.5 * part), tone)
     return finish(image, rng, noise=5), things
 
 

@@ -1,8 +1,8 @@
-"""What the generated images show: plain scenes for pre-training, and drawings with a style and words of their own per domain.
+"""How the generated images are drawn, and the plain ones that a base model is pre-trained on.
 
 Each function draws one example from a numpy Generator, 64 x 64 pixels, drawn at twice the size and reduced. Plain scenes
-(flat shapes, letters, patterns, one thing that moves) are what a base model learns; the domains look and are spoken of
-differently, so that the base model fails on them while its features still carry. It writes no files.
+(flat shapes, letters, patterns, one thing that moves) are what a base model learns; the domains (`domain_drawings`) look and
+are spoken of differently, so that the base model fails on them while its features still carry. It writes no files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ FONTS = {
     "sans": "DejaVuSans.ttf", "boldface": "DejaVuSans-Bold.ttf", "slanted": "DejaVuSans-Oblique.ttf",
     "roman": "DejaVuSerif.ttf", "typewriter": "DejaVuSansMono-Bold.ttf", "calligraphic": "cmsy10.ttf",
 }  # fmt: skip
+PLAIN_FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf", "DejaVuSansMono.ttf")
 Corners = tuple[float, float, float, float]
 
 
@@ -48,7 +49,8 @@ class Thing(NamedTuple):
 
     @property
     def box(self) -> Corners:
-        return tuple(v * SIZE / DRAWN for v in (self.x - self.half, self.y - self.half, self.x + self.half, self.y + self.half))
+        corners = (self.x - self.half, self.y - self.half, self.x + self.half, self.y + self.half)
+        return tuple(v * SIZE / DRAWN for v in corners)
 
 
 def finish(image: Image.Image, rng: np.random.Generator, noise: float = 4.0, blur: float = 0.0) -> Image.Image:
@@ -132,7 +134,8 @@ def plain_scene(rng: np.random.Generator) -> Drawing:
     if kind == 3:
         found = (("object", one.box),)
         return Drawing([image], f"where is the {one.colour} {one.shape}", corners_text(one.box), found)
-    return Drawing([image], "say what you see", " and ".join(f"{t.colour} {t.shape}" for t in sorted(things, key=lambda t: t.x)))
+    seen = " and ".join(f"{t.colour} {t.shape}" for t in sorted(things, key=lambda t: t.x))
+    return Drawing([image], "say what you see", seen)
 
 
 def plain_letter(rng: np.random.Generator) -> Drawing:
@@ -140,7 +143,7 @@ def plain_letter(rng: np.random.Generator) -> Drawing:
     image = canvas(rng)
     letter = pick(rng, "abcdefghijklmnopqrstuvwxyz0123456789")
     shown = letter.upper() if rng.random() < 0.5 else letter
-    style = font(pick(rng, ("DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf", "DejaVuSansMono.ttf")), int(rng.integers(50, 100)))
+    style = font(pick(rng, PLAIN_FONTS), int(rng.integers(50, 100)))
     place = tuple(int(v) for v in rng.integers(44, 84, 2))
     ImageDraw.Draw(image).text(place, shown, font=style, anchor="mm", fill=COLOURS[pick(rng, tuple(COLOURS))])
     return Drawing([finish(image, rng)], "what letter is this", letter)

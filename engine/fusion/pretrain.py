@@ -1,0 +1,201 @@
+"""A small LLaVA made here: transformers' own classes, trained from scratch in minutes on plain drawings with text.
+
+Vision tower, projector and decoder of LLaVA-1.5 at a hundredth of its size or less, and a tokenizer of the words
+that the drawings use. The result is a checkpoint directory like any other: `engine.models` and `engine.fusion` cannot
+tell it from a downloaded one. Killed at any moment it goes on at its last checkpoint. It never sees a domain's images.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.fusion import checkpoint
+from engine.fusion.drawings import PLAIN, SIZE, Drawing
+from engine.fusion.wording import QUERIES, Wording
+from engine.images import DEVIATION, MEAN
+
+PATCH = 8
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+IMAGE = "<image>"
+CHECKPOINT = "pretraining.safetensors"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths and depths of the model, and how long it is trained. steps: optimizer steps. drawings: different examples."""
+
+    vision: int
+    vision_layers: int
+    hidden: int
+    layers: int
+    heads: int
+    steps: int
+    batch: int
+    drawings: int
+    learning_rate: float = 1e-3
+    checkpoint_every: int = 200
+
+
+SIZES = {
+    "seconds": Size(48, 3, 64, 2, 4, 60, 16, 400, 2e-3, 20),
+    "small": Size(128, 4, 128, 4, 4, 1500, 32, 6000, 1e-3, 100),
+    "full": Size(256, 6, 384, 8, 6, 6000, 128, 40000, 6e-4, 500),
+}
+
+
+def build_tokenizer(texts: Sequence[str]):
+    """A word-level tokenizer: the words in `texts`, the numbers 0..99, the query tokens, and last the image token."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word for text in texts for word in re.findall(r"[a-z0-9]+|[^\sa-z0-9]", text.lower())}
+    words |= {str(n) for n in range(100)} | set("[],;:") | {"user", "assistant"}
+    listed = [*SPECIAL, *sorted(words), *(f"<q{i}>" for i in range(QUERIES)), IMAGE]
+    model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="<unk>"))
+    model.normalizer = normalizers.Lowercase()
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        additional_special_tokens=[IMAGE],
+    )  # fmt: skip
+
+
+def build_model(size: Size, vocabulary: int, seed: int):
+    """An untrained LLaVA in float32; the image token is the last id of the vocabulary."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tower = CLIPVisionConfig(
+        hidden_size=size.vision, intermediate_size=4 * size.vision, num_hidden_layers=size.vision_layers,
+        num_attention_heads=max(1, size.vision // 32), image_size=SIZE, patch_size=PATCH, projection_dim=size.vision,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=size.hidden, intermediate_size=8 * size.hidden // 3 // 16 * 16, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads, vocab_size=vocabulary, max_position_embeddings=512,
+        rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config=text, vision_config=tower, image_token_id=vocabulary - 1, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", projector_hidden_act="gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: str, seed: int = 0, jobs: int = 1,
+             log: Callable[[str], None] = lambda line: None) -> Path:
+    """Train and write the checkpoint directory `folder`, or go on where a killed run left off; `folder` if it is there.
+
+    texts: what the domains say, so that the tokenizer has their words (the weights have not learnt them).
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return folder
+    work = folder.with_name(f".{folder.name}.work")
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    drawings = plain_drawings(size.drawings, seed, jobs)
+    log(f"pretrain: {len(drawings)} plain drawings in {time.monotonic() - started:.1f} s")
+    tokenizer = build_tokenizer([*texts, *(f"{d.question} {d.answer}" for d in drawings)])
+    model = build_model(size, len(tokenizer), seed).to(device)
+    _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed, log)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.to("cpu").save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def plain_drawings(count: int, seed: int, jobs: int = 1) -> list[Drawing]:
+    """`count` plain drawings, the same whatever the number of processes that draw them."""
+    if jobs == 1:
+        return _drawn(range(count), seed)
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        chunks = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
+        return [drawing for part in pool.map(partial(_drawn, seed=seed), chunks) for drawing in part]
+
+
+def _drawn(numbers: range, seed: int) -> list[Drawing]:
+    return [PLAIN[i % len(PLAIN)](np.random.default_rng([seed, i])) for i in numbers]
+
+
+def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: Path, seed: int, log) -> None:
+    device = model.lm_head.weight.device
+    pixels, owners = _pixels(drawings)
+    pixels = pixels.to(device)
+    encoded = [(wording.tail(d.question), wording.answer(d.answer)) for d in drawings]
+    groups = [[i for i, d in enumerate(drawings) if len(d.frames) == n] for n in (1, 3)]
+    parameters = dict(model.named_parameters())
+    optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
+    first, loss = 0, 0.0
+    found = checkpoint.load(path)
+    if found is not None:
+        checkpoint.restore(found[0], parameters, optimizer)
+        first, loss = found[1]["step"], found[1]["loss"]
+        log(f"pretrain: goes on at step {first}")
+    model.train()
+    for step in range(first, size.steps):
+        rng = np.random.default_rng([seed, 1, step])
+        group = groups[1] if groups[1] and rng.random() < len(groups[1]) / len(drawings) else groups[0]
+        chosen = rng.choice(group, min(size.batch, len(group)), replace=False)
+        warm, left = min(1.0, (step + 1) / 100), 1 - step / size.steps
+        optimizer.param_groups[0]["lr"] = size.learning_rate * warm * (0.02 + 0.98 * left)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            batch = pixels[torch.tensor([owners[i] for i in chosen], device=device)]
+            now = _loss(model, wording, batch, [encoded[i] for i in chosen])
+        optimizer.zero_grad(set_to_none=True)
+        now.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        if (step + 1) % size.checkpoint_every == 0 and step + 1 < size.steps:
+            loss = float(now.detach())
+            log(f"pretrain: step {step + 1}/{size.steps}, loss {loss:.3f}")
+            tensors = checkpoint.training_tensors(parameters, optimizer)
+            checkpoint.save(path, tensors, {"step": step + 1, "loss": loss})
+    model.eval()
+
+
+def _pixels(drawings: list[Drawing]) -> tuple[torch.Tensor, list[list[int]]]:
+    """uint8 [frames of all, 3, size, size], and which of them are each drawing's."""
+    frames, owners = [], []
+    for drawing in drawings:
+        owners.append(list(range(len(frames), len(frames) + len(drawing.frames))))
+        frames += [np.asarray(image) for image in drawing.frames]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), owners
+
+
+def _loss(model, wording: Wording, pixels: torch.Tensor, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Cross-entropy of the answers. pixels uint8 [batch, frames, 3, size, size]; encoded: (tail, answer) ids of each."""
+    batch, frames = pixels.shape[:2]
+    device = pixels.device
+    mean, deviation = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, DEVIATION))
+    normal = (pixels.flatten(0, 1).float() / 255 - mean) / deviation
+    config = model.config
+    features = model.model.get_image_features(
+        normal, vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+    )  # fmt: skip
+    features = torch.stack(list(features.pooler_output))
+    features = features.view(batch, frames, -1, features.shape[-1])
+    packed = wording.pack(encoded)
+    hidden = model.model.language_model(
+        inputs_embeds=wording.embed(model.get_input_embeddings(), features, packed.ids.to(device)), use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    start = hidden.shape[1] - packed.ids.shape[1]
+    rows, columns, targets = packed.rows.to(device), packed.columns.to(device) + start, packed.targets.to(device)
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[rows, columns]).float(), targets)

@@ -1,0 +1,114 @@
+"""What stands around the images: the prompt of each model family, answers as tokens, and both as padded batches.
+
+A prompt is lead, images, tail; the lead and the images come first in every prompt, so a batch is image features with padding
+on the right only, which causal attention never sees. LLaVA-1.5's and Qwen2-VL's published templates. It knows ids and text,
+not what a domain is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+
+from engine.fusion.metrics import Box
+
+QUERIES = 8
+"""Positions appended for a box head, each of which may answer one box."""
+TEMPLATES = {
+    "llava": ("USER: ", "", "\n{} ASSISTANT:"),
+    "qwen2_vl": ("<|im_start|>user\n<|vision_start|>", "<|vision_end|><|vision_start|>",
+                 "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"),
+}  # fmt: skip
+"""Family -> what stands before the images, between two of them, and after (with the question)."""
+BOXES = re.compile(r"([^\[\];]*)\[\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\]")
+NOTHING = "nothing"
+
+
+class Packed(NamedTuple):
+    """ids int64 [batch, longest]: tail and answer, padded right. rows, columns, targets int64 [answer tokens of all]: the
+    position (in `ids`) before each answer token, and that token. last int64 [batch]: the tail's last position."""
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    last: torch.Tensor
+
+
+class Wording:
+    """The prompts of one model. family: of TEMPLATES. image_token_id: the id that the query ids lie before."""
+
+    def __init__(self, family: str, tokenizer, image_token_id: int):
+        self.tokenizer = tokenizer
+        self.eos = int(tokenizer.eos_token_id)
+        before, between, self._after = TEMPLATES[family]
+        bos = [int(tokenizer.bos_token_id)] if tokenizer.bos_token_id is not None and family == "llava" else []
+        self.lead = [*bos, *self._ids(before)]
+        self.between = self._ids(between)
+        end = min([i for i in tokenizer.all_special_ids if i > 1000] + [image_token_id])
+        self.query_ids = list(range(end - QUERIES, end))
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
+
+    def tail(self, question: str, queries: bool = False) -> list[int]:
+        """Ids after the images; with `queries` the positions that a box head reads."""
+        return self._ids(self._after.format(question)) + (self.query_ids if queries else [])
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of an answer with its end."""
+        return [*self._ids(text), self.eos]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of generated ids up to their end."""
+        cut = ids[: ids.index(self.eos)] if self.eos in ids else ids
+        return self.tokenizer.decode(cut, skip_special_tokens=True).strip()
+
+    def embed(self, embedding: torch.nn.Module, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """[batch, length, hidden] from features [batch, frames, image tokens, hidden] and ids [batch, tail and more]."""
+        batch, frames = features.shape[:2]
+        parts = []
+        for frame in range(frames):
+            words = self.lead if frame == 0 else self.between
+            if words:
+                parts.append(embedding(torch.tensor(words, device=ids.device)).expand(batch, -1, -1))
+            parts.append(features[:, frame])
+        parts.append(embedding(ids))
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+
+    def image_starts(self, frames: int, image_tokens: int) -> tuple[int, ...]:
+        """Where each image begins in a prompt."""
+        return tuple(len(self.lead) + i * (image_tokens + len(self.between)) for i in range(frames))
+
+    def pack(self, encoded: list[tuple[list[int], list[int]]]) -> Packed:
+        """(tail, answer) ids of a batch as tensors on the CPU. An answer may be empty."""
+        longest = max(len(tail) + len(answer) for tail, answer in encoded)
+        ids = torch.full((len(encoded), longest), self.eos)
+        rows, columns, targets = [], [], []
+        for row, (tail, answer) in enumerate(encoded):
+            ids[row, : len(tail) + len(answer)] = torch.tensor(tail + answer)
+            rows += [row] * len(answer)
+            columns += range(len(tail) - 1, len(tail) + len(answer) - 1)
+            targets += answer
+        last = torch.tensor([len(tail) - 1 for tail, _ in encoded])
+        return Packed(ids, *(torch.tensor(v, dtype=torch.int64) for v in (rows, columns, targets)), last)
+
+
+def boxes_text(boxes: tuple[Box, ...], named: bool) -> str:
+    """Boxes as an adapter without a head says them: `car [12, 30, 44, 51] ; ...` in hundredths of the image."""
+    def corners(box: Box) -> str:
+        return ", ".join(str(min(99, max(0, round(100 * v)))) for v in box[1:5])
+
+    return " ; ".join(f"{box.label + ' ' if named else ''}[{corners(box)}]" for box in boxes) or NOTHING
+
+
+def boxes_from(text: str) -> list[Box]:
+    """The boxes that a text names; what is no box is passed over."""
+    found = []
+    for match in BOXES.finditer(text):
+        x1, y1, x2, y2 = (int(v) / 100 for v in match.groups()[1:])
+        if x2 > x1 and y2 > y1:
+            found.append(Box(match[1].strip() or "object", x1, y1, x2, y2))
+    return found

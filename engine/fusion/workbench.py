@@ -1,0 +1,200 @@
+"""A frozen base model with room for one LoRA adapter, and every domain's examples as features and token ids.
+
+The vision tower and the projector do not train, so each image is encoded once and its features are kept (on the device while
+they fit, else on the host). Training, evaluation and the similarity of domains all read their batches here. Positions and
+prompts are those that the engine serves (`engine.positions`, `engine.images`). It trains nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.fusion.domains import SPLITS, Domain, DomainError
+from engine.fusion.metrics import Box
+from engine.fusion.wording import Packed, Wording, boxes_text
+from engine.images import ImageError, load_image
+from engine.models import Model, ModelError, load_checkpoint
+from engine.positions import prompt_positions
+
+TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
+"""The language model's attention projections alone: the bare names would also hit LLaVA's vision tower."""
+DEVICE_FEATURE_BYTES = 24 << 30
+ENCODE_BATCH = 64
+NO_OBJECT = "no object"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One split of one domain, ready to run.
+
+    features [n, frames, image tokens, hidden]; plain, queried: the tails' ids without and with the query positions; answers:
+    ids of the texts trained on; labels: of the classes, "" for boxes; boxes: corners in 0..1; accepted: texts to judge by.
+    """
+
+    domain: Domain
+    features: torch.Tensor
+    plain: list[list[int]]
+    queried: list[list[int]]
+    answers: list[list[int]]
+    labels: list[str]
+    boxes: list[tuple[Box, ...]]
+    accepted: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.plain)
+
+
+@dataclass
+class Workbench:
+    """model: frozen. peft: the same with one LoRA adapter in place. wording: its prompts. samples: by (domain, split)."""
+
+    model: Model
+    wording: Wording
+    peft: torch.nn.Module
+    rank: int
+    domains: tuple[Domain, ...]
+    log: Callable[[str], None]
+    _samples: dict[tuple[str, str], Sample] = field(default_factory=dict)
+    _feature_bytes: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def lora(self) -> dict[str, torch.nn.Parameter]:
+        """The adapter's parameters by name, float32."""
+        return {name: p for name, p in self.peft.named_parameters() if "lora_" in name}
+
+    def domain(self, name: str) -> Domain:
+        return next(domain for domain in self.domains if domain.name == name)
+
+    def sample(self, name: str, split: str) -> Sample:
+        """Encoded at first use. DomainError where an image cannot be read."""
+        if (name, split) not in self._samples:
+            self._samples[name, split] = self._encode(self.domain(name), split)
+        return self._samples[name, split]
+
+    def _encode(self, domain: Domain, split: str) -> Sample:
+        examples = domain.examples[split]
+        frames = len(examples[0].images)
+        if any(len(example.images) != frames for d in domain.examples.values() for example in d):
+            raise DomainError(f"{domain.name}: clips of different length; cut all of them to {frames} frames")
+        features = self._features([path for example in examples for path in example.images])
+        features = features.view(len(examples), frames, *features.shape[1:])
+        wording, plain, queried, answers, boxes = self.wording, [], [], [], []
+        for example in examples:
+            scaled = self._scaled(example.images[0], example.boxes) if domain.boxed else ()
+            text = boxes_text(scaled, named=domain.task == "detect") if domain.boxed else example.answers[0]
+            plain.append(wording.tail(example.question))
+            queried.append(wording.tail(example.question, queries=True))
+            answers.append(wording.answer(text))
+            boxes.append(scaled)
+        labels = [example.answers[0] if example.answers else "" for example in examples]
+        self.log(f"encoded {domain.name} {split}: {len(examples)} examples")
+        return Sample(domain, features, plain, queried, answers, labels, boxes, [example.answers for example in examples])
+
+    def _features(self, paths: Sequence[Path]) -> torch.Tensor:
+        shape = self.model.shape
+        size = len(paths) * shape.image_tokens * shape.hidden * self.model.dtype.itemsize
+        fits = self._feature_bytes + size <= DEVICE_FEATURE_BYTES
+        self._feature_bytes += size if fits else 0
+        kept = torch.empty(len(paths), shape.image_tokens, shape.hidden, dtype=self.model.dtype,
+                           device=self.device if fits else "cpu")  # fmt: skip
+        for start in range(0, len(paths), ENCODE_BATCH):
+            try:
+                pixels = torch.stack([load_image(path, shape) for path in paths[start : start + ENCODE_BATCH]])
+            except ImageError as error:
+                raise DomainError(str(error)) from None
+            kept[start : start + ENCODE_BATCH] = self.model.encode_images(pixels.to(self.device, self.model.dtype))
+        return kept
+
+    def _scaled(self, path: Path, boxes: tuple[Box, ...]) -> tuple[Box, ...]:
+        """Boxes in 0..1 of what the model sees: LLaVA's square is cut from the middle, Qwen2-VL's is the whole, squeezed."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            width, height = image.size
+        left, top, wide, high = 0.0, 0.0, float(width), float(height)
+        if self.model.shape.family == "llava":
+            wide = high = float(min(width, height))
+            left, top = (width - wide) / 2, (height - high) / 2
+        seen = []
+        for box in boxes:
+            x1, x2 = (min(1.0, max(0.0, (x - left) / wide)) for x in (box.x1, box.x2))
+            y1, y2 = (min(1.0, max(0.0, (y - top) / high)) for y in (box.y1, box.y2))
+            if x2 > x1 and y2 > y1:
+                seen.append(Box(box.label, x1, y1, x2, y2))
+        return tuple(seen)
+
+    # -- running -------------------------------------------------------------------------------------------------------
+    def hidden(self, sample: Sample, index: Sequence[int], packed: Packed, cache=None) -> torch.Tensor:
+        """Last hidden states [batch, length of ids, hidden] at the positions of `packed.ids`, images and lead before them."""
+        features = sample.features[torch.as_tensor(index, device=sample.features.device)].to(self.device)
+        language = self.model.hf.model.language_model
+        ids = packed.ids.to(self.device)
+        embedded = self.wording.embed(language.embed_tokens, features, ids)
+        positions = self.positions(features.shape[1], embedded.shape[1], len(index))
+        out = language(inputs_embeds=embedded, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+        return out.last_hidden_state[:, embedded.shape[1] - ids.shape[1] :]
+
+    def positions(self, frames: int, tokens: int, batch: int) -> torch.Tensor:
+        """[batch, tokens], or [3, batch, tokens] for Qwen2-VL."""
+        shape = self.model.shape
+        rows, _ = prompt_positions(shape, tokens, self.wording.image_starts(frames, shape.image_tokens))
+        given = torch.from_numpy(np.ascontiguousarray(rows)).to(self.device, torch.int64)[:, None].expand(-1, batch, -1)
+        return given if shape.mrope else given[0]
+
+    def reset(self, seed: int) -> None:
+        """A fresh adapter: A as PEFT initialises it (Kaiming uniform), B zero; the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in self.lora.items():
+                if ".lora_A." in name:
+                    bound = parameter.shape[1] ** -0.5
+                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    parameter.copy_(drawn)
+                else:
+                    parameter.zero_()
+
+
+def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: int, alpha: float, dropout: float,
+                   device: str, log: Callable[[str], None] = lambda line: None) -> Workbench:
+    """The checkpoint in `directory` (bf16 on a GPU, float32 on a CPU) with an empty LoRA adapter. ModelError if unfit."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    model = load_checkpoint(directory, dtype=dtype, device=device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0][:200]
+        raise ModelError(f"{directory}: no tokenizer ({why}); put tokenizer.json there") from None
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=TARGETS, bias="none")
+    with torch.random.fork_rng([]):
+        peft = get_peft_model(model.hf, config)
+    wording = Wording(model.shape.family, tokenizer, model.shape.image_token_id)
+    return Workbench(model, wording, peft, rank, domains, log)
+
+
+def digest_of(directory: Path, domains: Sequence[Domain]) -> str:
+    """A hash of the base model's configuration and weights' sizes, and of every domain's rows: what results depend on."""
+    told = hashlib.sha256()
+    for path in sorted(directory.glob("*")):
+        if path.suffix in (".json", ".safetensors"):
+            told.update(f"{path.name} {path.stat().st_size}".encode())
+    told.update((directory / "config.json").read_bytes())
+    for domain in domains:
+        told.update(repr((domain.name, domain.task, domain.metric, domain.head)).encode())
+        for split in SPLITS:
+            for example in domain.examples[split]:
+                names = [path.name for path in example.images]
+                told.update(repr((names, example.question, example.answers, example.boxes)).encode())
+    return told.hexdigest()
