@@ -78,6 +78,7 @@ def build_parser() -> SuggestingParser:
     add("--gpus", type=_counts, default=(1,), metavar="N,N,...", help="numbers of GPUs to compare (default 1)")
     add("--most-gpus", type=count, default=64, metavar="N", help="where --load gives up (default 64)")
     add("--router", type=_routers, default=("least-outstanding",), metavar="NAME,...", help=", ".join(sorted(ROUTERS)))
+    add("--requests-per-gpu", type=count, metavar="N", help="N requests a GPU, so that all numbers of GPUs see equal spans")
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     add("--output", metavar="FILE.json", help="write brackets and probes there, for `python -m analysis figures`")
     parser.set_defaults(policy=POLICIES)
@@ -131,6 +132,8 @@ class Search:
         runs = []
         for seed in range(self.args.seed, self.args.seed + self.args.seeds):
             load = {"router": self.router, "gpus": gpus, "rate": rate, "seed": seed}
+            if self.args.requests_per_gpu is not None:
+                load["max_requests"] = self.args.requests_per_gpu * gpus
             runs.append((seed, argparse.Namespace(**vars(self.args) | load)))
         work = in_processes(partial(judged, objectives=self.objectives), min(self.args.jobs or 1, len(runs)))
         ended = [outcome for _, outcome in sorted(work(runs), key=lambda pair: pair[0])]
@@ -158,6 +161,8 @@ class Search:
 
     def rate(self, gpus: int, requests: int) -> Answer:
         """The bracket of the rate that `gpus` GPUs sustain. requests: of the trace, which bounds a sensible rate."""
+        if self.args.requests_per_gpu is not None:
+            requests = min(requests, self.args.requests_per_gpu * gpus)
         ceiling = max(2.0, (requests - 1) / SHORTEST_SPAN_S)
         start = min(4.0 * gpus, ceiling)
         low, high = bracket(lambda rate: self.probe(rate, gpus), start, ceiling, start / 2**12)
@@ -234,6 +239,8 @@ def solve(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for single runs; leave it out")
     if args.rate is not None or args.time_scale is not None:
         raise ValueError("--rate and --time-scale are what is searched for; use --load for a given rate")
+    if args.requests_per_gpu is not None and args.max_requests is not None:
+        raise ValueError("--max-requests and --requests-per-gpu exclude each other")
     if args.seeds < 1 or args.confidence > 1 or args.most_gpus < 1:
         raise ValueError("--seeds and --most-gpus must be at least 1, --confidence at most 1")
     objectives = parse_slo(args.slo)

@@ -6,7 +6,11 @@ nothing of what a run is.
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 
@@ -31,14 +35,28 @@ def in_processes(task: Callable[[Any], Outcome], jobs: int) -> Work:
             return
         from joblib import Parallel, delayed
 
+        parent = os.getpid()
         pool = Parallel(n_jobs=jobs, backend="loky", return_as="generator_unordered", pre_dispatch=2 * jobs, batch_size=1)
-        yield from pool(delayed(_labelled)(task, label, arguments) for label, arguments in items)
+        yield from pool(delayed(_labelled)(task, label, arguments, parent) for label, arguments in items)
 
     return work
 
 
-def _labelled(task: Callable[[Any], Outcome], label: Any, arguments: Any) -> tuple[Any, Outcome]:
+def _labelled(task: Callable[[Any], Outcome], label: Any, arguments: Any, parent: int) -> tuple[Any, Outcome]:
+    _die_with(parent)
     return label, task(arguments)
+
+
+@cache
+def _die_with(parent: int) -> None:
+    """End this worker soon after `parent` was killed: loky's would work off their queue first, for nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_ray(task: Callable[[Any, Any], Outcome], address: str, shared: Callable[[Any], Any]) -> Work:
