@@ -26,7 +26,7 @@ def parse_count(text: str) -> int:
     """A non-negative whole number, such as `374` or `374.0`. Raises ValueError with the reason."""
     match = _COUNT.fullmatch(text.strip())
     if match is None:
-        raise ValueError("is not a whole number >= 0")
+        raise ValueError("is not a whole number of at most 18 digits")
     return int(match[1])
 
 
@@ -133,7 +133,7 @@ def stamp_column(buf: np.ndarray, start: np.ndarray, end: np.ndarray) -> tuple[n
     ok = ok & (hour <= 23) & (minute <= 59) & (second <= 59)
     months = np.where(ok, (year - 1970) * 12 + month - 1, 0).astype("datetime64[M]")
     first_day = months.astype("datetime64[D]").astype(np.int64)
-    next_month = (months + 1).astype("datetime64[D]").astype(np.int64)
+    next_month = (months + np.timedelta64(1, "M")).astype("datetime64[D]").astype(np.int64)
     ok = ok & (day >= 1) & (day <= next_month - first_day)
     seconds = (((first_day + day - 1) * 24 + hour) * 60 + minute) * 60 + second
 

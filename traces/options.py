@@ -173,12 +173,11 @@ def select(trace: Trace, args: argparse.Namespace) -> Trace:
 
 
 def load_trace(args: argparse.Namespace, model: ModelShape, trace: Trace | None = None) -> Trace:
-    """The trace that the options of `add_trace_arguments` describe, for a model of this shape. trace: the file's, if it was
-    read before.
+    """The trace that the options of `add_trace_arguments` describe, for a model of this shape.
 
-    In this order: read; window (--start, --duration); --arrivals; --sample; --max-requests; --rate or --time-scale;
-    --workload (with --repeat-images, --no-head); --adapter-assign; --clip. `settings` holds every resolved value,
-    `notes` what each step did. Raises TraceError.
+    In this order: read (`trace` is what `open_trace` gave, if the file was read before); window (--start, --duration);
+    --arrivals; --sample; --max-requests; --rate or --time-scale; --workload (with --repeat-images, --no-head);
+    --adapter-assign; --clip. `settings` holds every resolved value, `notes` what each step did. Raises TraceError.
     """
     trace = select(open_trace(args.trace, args) if trace is None else trace, args)
     trace = workload.apply_workload(

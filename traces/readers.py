@@ -61,19 +61,12 @@ def read_trace(
             first_line += 1
             parser, image_note = _csv_parser(source.name, header, format, roles, **shared)
         parser.vectorised = vectorised
-        parts, n = [], 0
-        for line, chunk in _chain(first_line, first, chunks):
-            part = parser.parse(chunk, line) if chunk else None
-            if part is not None and len(part["timestamp"]):
-                parts.append(part)
-                n += len(part["timestamp"])
-            if n > MAX_ROWS:
-                raise TraceError(f"{source.name}: more than {MAX_ROWS} rows; split the trace")
+        parts = list(_parts(parser, _chain(first_line, first, chunks)))
         sha256 = source.sha256
     if not parts:
         raise TraceError(f"{source.name}: no requests in it. {rejects.note(0)}".rstrip(". "))
     found = parser.format if isinstance(parser, jsonl.ObjectParser) else parser.layout.format
-    notes = [rejects.note(n), image_note]
+    notes = [rejects.note(sum(len(part["timestamp"]) for part in parts)), image_note]
     if table.guessed:
         notes.append(f"adapters without a rank in the file have rank {DEFAULT_RANK}")
     settings = {"trace": str(path), "trace_format": found, "images": images, "bad_rows": bad_rows}
@@ -131,6 +124,18 @@ def _csv_parser(name, header, format, roles, *, images, rejects, table) -> tuple
 def _chain(line: int, first: bytes, rest: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     yield line, first
     yield from rest
+
+
+def _parts(parser, chunks: Iterator[tuple[int, bytes]]) -> Iterator[dict]:
+    """The columns of each chunk that has any good row."""
+    n = 0
+    for line, chunk in chunks:
+        part = parser.parse(chunk, line) if chunk else None
+        if part is not None and len(part["timestamp"]):
+            yield part
+            n += len(part["timestamp"])
+        if n > MAX_ROWS:
+            raise TraceError(f"{parser.rejects.source}: more than {MAX_ROWS} rows; split the trace")
 
 
 def _assemble(parts: list[dict], about: dict, notes: list[str], settings: dict) -> Trace:

@@ -67,6 +67,15 @@ def test_steps_apply_in_the_documented_order():
     assert trace.settings == expected
 
 
+def test_one_seed_governs_every_draw():
+    def draws(seed):
+        trace = load("--sample", "0.5", "--workload", "retrieval", "--repeat-images", "0.5", "--seed", seed)
+        return trace.arrival_ns.tolist(), trace.prompt_tokens.tolist()[:400], trace.prefix, trace.adapter.tolist()
+
+    assert draws("1") == draws("1")
+    assert all(a != b for a, b in zip(draws("1"), draws("2"), strict=True))
+
+
 def test_the_traces_own_adapters_come_first(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"timestamp": 0, "input_length": 5, "output_length": 5, "adapter": "cat", "rank": 8}\n')
@@ -126,6 +135,17 @@ def test_inspect_describes(capsys, tmp_path):
         assert word in first
     main(["inspect", str(tmp_path / "t.csv")])
     assert capsys.readouterr().out == first
+
+
+def test_inspect_counts_what_prefixes_share(capsys, tmp_path):
+    rows = [(1, "a", [1, 2]), (2, "a", [1, 2]), (3, "b", [1, 2]), (4, "a", [3, 2])]  # 2 after 3 is not 2 after 1
+    lines = [
+        f'{{"timestamp": {t}, "input_length": 1024, "output_length": 5, "adapter": "{name}", "hash_ids": {ids}}}\n'
+        for t, name, ids in rows
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    assert main(["inspect", str(tmp_path / "t.jsonl")]) == 0
+    assert "prefixes     4096 tokens; 1024, 25.0% of all prompt tokens" in capsys.readouterr().out
 
 
 def test_convert_draws_adapters_and_chains(capsys, tmp_path):

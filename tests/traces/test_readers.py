@@ -128,6 +128,9 @@ def test_unsorted_rows_are_sorted_stably_and_noted(tmp_path):
     trace = read(tmp_path, VIDUR.partition("\n")[0] + "\n" + "\n".join(rows))
     assert columns(trace)[:2] == [[0, 500_000_000, 500_000_000, 1_500_000_000, 1_500_000_000], [4, 2, 3, 1, 5]]
     assert trace.notes == ("sorted by arrival: 2 of 5 rows came before the row above them",)
+    many = [f"{i % 2}.0,{i + 1},1" for i in range(2000)]
+    trace = read(tmp_path, VIDUR.partition("\n")[0] + "\n" + "\n".join(many))
+    assert columns(trace)[1] == [*range(1, 2001, 2), *range(2, 2001, 2)]
 
 
 @pytest.mark.parametrize(
@@ -205,8 +208,9 @@ def test_a_missing_file_names_its_neighbour(tmp_path):
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_an_endless_line_is_refused_early(tmp_path, pack):
-    content = AZURE_2024.encode() + b"1" * 3_000_000
+@pytest.mark.parametrize("end", [b"", b"\n2024-05-12 00:00:02+00:00,100,1\n"])
+def test_an_endless_line_is_refused_early(tmp_path, pack, end):
+    content = AZURE_2024.encode() + b"1" * 3_000_000 + end
     with pytest.raises(TraceError, match=r":5: a line of more than 1048576 bytes"):
         read(tmp_path, gzip.compress(content) if pack else content, bad_rows="skip")
 

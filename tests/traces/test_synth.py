@@ -21,6 +21,12 @@ def dispersion(trace, window_s=10):
     return counts.var() / counts.mean()
 
 
+def memory(trace, lag):
+    """Autocorrelation of the logarithms of gaps that stand `lag` requests apart."""
+    gaps = np.log(np.maximum(np.diff(trace.arrival_ns), 1))
+    return np.corrcoef(gaps[lag:], gaps[:-lag])[0, 1]
+
+
 def volume(trace):
     return int((trace.prompt_tokens + trace.output_tokens).sum())
 
@@ -43,6 +49,8 @@ def test_like_the_real_file(kind, seed):
     assert dispersion(ours) == pytest.approx(dispersion(real), rel=0.35)
     assert volume(ours) == pytest.approx(volume(real), rel=0.05)
     assert ours.arrival_ns[-1] == pytest.approx(real.arrival_ns[-1], rel=0.05)
+    for lag in (1, 5):
+        assert memory(ours, lag) == pytest.approx(memory(real, lag), abs=0.07)
 
 
 def test_lmm_follows_the_published_curves():

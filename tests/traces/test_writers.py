@@ -118,6 +118,15 @@ def test_mooncake_keeps_what_blocks_can_share(tmp_path, trace):
             assert whole_blocks_in_common(read.prefix[i], read.prefix[j]) == ours
 
 
+def test_a_block_is_its_content_and_all_before_it(tmp_path):
+    prefix = (((1, 100), (2, 924)), ((1, 100), (2, 924)), ((3, 100), (2, 924)), ((1, 100), (4, 412), (5, 512)))
+    trace = Trace.build([0, 1, 2, 3], [1024] * 4, [1] * 4, prefix=prefix)
+    write_trace(trace, tmp_path / "m.jsonl", "mooncake")
+    ids = [json.loads(line)["hash_ids"] for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    # The second half of segment 2 stands in the second blocks of rows 0, 1 and 2, but row 2 began otherwise.
+    assert ids == [[0, 1], [0, 1], [2, 3], [4, 5]]
+
+
 def test_mooncake_says_what_it_cannot_hold(tmp_path):
     trace = Trace.build(
         [0, 1_500_000], [1000, 1000], [1, 1], head=np.array([True, False]), task=np.array([4, 0], np.int8),
