@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from policies.plan import MODES, Plan
-from policies.view import DECODING, PREFILLING, WAITING
+from policies.view import DECODING, PREFILLING, WAITING, Entry
 
 if TYPE_CHECKING:
     from policies.ledger import Ledger
@@ -43,6 +43,21 @@ def check(ledger: Ledger, ended: int) -> None:
     wrong += _memory(ledger)
     if wrong:
         raise InvariantError("; ".join(wrong))
+
+
+def snapshot(ledger: Ledger) -> tuple:
+    """All that a decision must leave as it is, as one comparable value. O(unfinished requests)."""
+    pool, cohort = ledger.pool, ledger.cohort
+    places = (ledger.entries, ledger.waiting, ledger.preempted, ledger.prefilling, ledger.decoding, ledger.paused,
+              pool.resident, pool.loading, cohort.members)  # fmt: skip
+    return (
+        [tuple(getattr(entry, name) for name in Entry.__slots__) for entry in ledger.entries.values()],
+        [tuple(place) for place in places],
+        [{adapter: tuple(part) for adapter, part in parts.items()} for parts in (ledger.waiting_by, ledger.decoding_by)],
+        (dict(ledger.unfinished), dict(pool.users), dict(ledger.journal.counters)),
+        (ledger.mode, ledger.merged, ledger.queued, ledger.injected, cohort.tick, cohort.context),
+        (pool.unused, pool.kv, pool.cached, pool.reclaimable, pool.peak),
+    )  # fmt: skip
 
 
 def _memory(ledger: Ledger) -> list[str]:

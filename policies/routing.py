@@ -49,14 +49,21 @@ def adapter_affinity(request: Request, replicas: Sequence[Ledger], routed: int) 
 def consolidate(request: Request, replicas: Sequence[Ledger], routed: int) -> int:
     """Punica (MLSys 2024, section 5): the replica with the largest working set that still has room for the request; the
     least loaded if none has."""
-    pages = [-(-request.prompt_tokens // replica.pool.page_tokens) for replica in replicas]
-    roomy = [
-        i for i, replica in enumerate(replicas)
-        if len(replica.entries) < replica.limits.max_batch and pages[i] <= replica.pool.free
-    ]  # fmt: skip
+    roomy = [i for i, replica in enumerate(replicas) if _has_room(request, replica)]
     if not roomy:
         return least_outstanding(request, replicas, routed)
     return max(roomy, key=lambda i: (len(replicas[i].entries), -i))
+
+
+def _has_room(request: Request, replica: Ledger) -> bool:
+    """True if the batch has a slot, and the prompts of all unfinished requests fit beside the adapters in use. Answers
+    are not counted: their lengths are unknown, and what a running lease has written is not booked yet."""
+    if len(replica.entries) >= replica.limits.max_batch:
+        return False
+    pool = replica.pool
+    prompts = sum(-(-entry.prompt_tokens // pool.page_tokens) for entry in (*replica.entries.values(), request))
+    adapters = sum(pool.adapter_pages[adapter] for adapter in {*pool.users, request.adapter} if adapter >= 0)
+    return prompts + adapters <= pool.pages
 
 
 def _holds(replica: Ledger, adapter: int) -> bool:

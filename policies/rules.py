@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from policies.plan import BASE, MERGED, MIXTURE, MODES, Plan, PlanError
+from policies.plan import BASE, MERGED, MIXTURE, MODES, UNMERGED, Plan, PlanError
 from policies.view import DECODING, PREFILLING, STATES, WAITING
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ def judge(ledger: Ledger, plan: Plan) -> None:
     """Raise PlanError if `plan` breaks a rule. O(1) for a plan that only decodes what `view.decoding` named."""
     pool, limits = ledger.pool, ledger.limits
     mode, merged, prefills, decodes, loads, evicts, preempts, aborts, _, _ = plan
-    if merged >= 0 or mode >= MERGED:
+    if merged >= 0 or mode not in (BASE, UNMERGED):
+        if mode not in (BASE, UNMERGED, MERGED, MIXTURE):
+            raise PlanError(f"mode {mode} is none of {', '.join(MODES)}")
         if (mode in (MERGED, MIXTURE)) != (merged >= 0):
             raise PlanError(f"mode {MODES[mode]} with merged adapter {merged}: merged and mixture name one, others none")
         if merged not in pool.resident:

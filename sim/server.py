@@ -14,7 +14,7 @@ from simpy.events import URGENT, Event, Timeout
 
 from policies import Policy
 from policies.cost import Cost
-from policies.invariants import InvariantError, check, check_idle
+from policies.invariants import InvariantError, check, check_idle, snapshot
 from policies.journal import Journal
 from policies.ledger import Ledger
 from policies.plan import Plan, Work
@@ -80,9 +80,7 @@ class Server:
                 yield self._sleep(None)
             start_ps = env.now
             now_ns = start_ps // PS_PER_NS
-            plan = policy.decide(ledger.view(now_ns))
-            if self.check_invariants:
-                check_idle(ledger, plan)
+            plan = self._decide_watched(now_ns) if self.check_invariants else policy.decide(ledger.view(now_ns))
             work = ledger.begin(plan, now_ns)
             if plan.loads:
                 self._start_loads(plan.loads)
@@ -101,6 +99,17 @@ class Server:
             jump = run(cost, work, most, wake_ps - start_ps)
             yield Timeout(env, jump.total_ps)
             self._commit(plan, work, jump, start_ps)
+
+    def _decide_watched(self, now_ns: int) -> Plan:
+        """A decision that is proved to change nothing, and to leave nothing idle that could run."""
+        before = snapshot(self.ledger)
+        plan = self.policy.decide(self.ledger.view(now_ns))
+        if snapshot(self.ledger) != before:
+            raise InvariantError(f"policy {self.policy.name} changed the ledger while it decided")
+        if self.last_ps > self.env.now:
+            raise InvariantError(f"the clock went back from {self.last_ps} ps to {self.env.now} ps")
+        check_idle(self.ledger, plan)
+        return plan
 
     def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
         journal = self.journal

@@ -10,44 +10,12 @@ import dataclasses
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from policies.profile import Profile
+
 from policies.view import Limits
 from sim.cluster import SimConfig, simulate
 from traces.request import Adapter, Trace
 
-PAGE_BYTES = 64
-OPERATORS = ("sglang", "dlora", "slora", "punica", "vllm")
 US = 1000  # ns
-
-
-def _profile(pool_pages: int = 1000, **changes) -> Profile:
-    """Times in the tens of microseconds; attention with several segments; KV 16 bytes a token, 4 tokens a page of 64."""
-    attention = {
-        1: [(0.0, 0.0), (7.0, 3.3), (20.0, 4.1), (60.0, 19.7)],
-        4: [(0.0, 1.0), (13.0, 5.9), (40.0, 11.2)],
-        16: [(0.0, 2.0), (10.0, 9.0), (100.0, 77.7)],
-    }
-    lora = {
-        operator: {
-            phase: {
-                8: {1: [(1.0, 2.0 + i), (64.0, 5.0 + i)], 4: [(1.0, 3.0 + i), (64.0, 9.0 + i)]},
-                16: {1: [(1.0, 3.0 + i), (64.0, 8.0 + i)], 4: [(1.0, 4.5 + i), (64.0, 16.0 + i)]},
-            }
-            for phase in ("decode", "prefill")
-        } | {"pads": operator in ("vllm", "dlora")}
-        for i, operator in enumerate(OPERATORS)
-    }
-    values = {
-        "name": "tiny", "kind": "analytic", "sha256": "0" * 64, "provenance": {"made_by": "a test"}, "model": "tiny",
-        "max_context": 4096, "image_tokens": 6, "video_images": 3, "kv_bytes_per_token": 16,
-        "adapter_bytes_per_rank": 16, "weights_bytes": 100, "golden_bytes": 50, "device_bytes": 150 + pool_pages * PAGE_BYTES,
-        "reserve_bytes": 0, "linear": [(1.0, 20.0), (8.0, 21.5), (64.0, 40.0)], "decode_attention": attention,
-        "prefill_attention": {0: [(1.0, 0.1), (64.0, 9.0)], 32: [(1.0, 0.7), (64.0, 21.3)]},
-        "vision": [(1.0, 12.0), (8.0, 31.0)], "output": [(1.0, 1.3), (16.0, 2.9)], "lora": lora,
-        "switch": {"fused": [(8.0, 15.0), (16.0, 18.0)], "addmm": [(8.0, 40.0)]}, "load_gb_per_s": 0.003,
-        "load_latency_us": 10.0, "host_step_us": 1.7, "host_request_us": 0.23,
-    }  # fmt: skip
-    return Profile(**(values | changes))
 
 
 def _trace(rows: list[dict], ranks: tuple[int, ...] = (8, 8, 16)) -> Trace:
@@ -94,13 +62,13 @@ def _rows(draw, adapters: int, most: int):
 
 
 @st.composite
-def _worlds(draw, most_requests: int = 14):
+def _worlds(draw, make_profile, most_requests: int = 14):
     """(trace, profile, config): memory from ample to one that holds hardly two requests beside their adapters."""
     ranks = draw(st.sampled_from(((8,), (8, 16), (8, 8, 16, 32))))
     trace = _trace(draw(_rows(len(ranks), most_requests)), ranks)
     max_batch = draw(st.sampled_from((2, 3, 5, 8, 16)))
     limits = Limits(max_batch, max_batch + draw(st.sampled_from((1, 7, 30, 200))), draw(st.sampled_from((4096, 60))))
-    profile = _profile(draw(st.sampled_from((18, 26, 40, 90, 1000))))
+    profile = make_profile(draw(st.sampled_from((18, 26, 40, 90, 1000))))
     gpus = draw(st.sampled_from((1, 1, 1, 2)))
     router = draw(st.sampled_from(("least-outstanding", "round-robin", "affinity", "consolidate")))
     config = SimConfig(
@@ -111,21 +79,15 @@ def _worlds(draw, most_requests: int = 14):
 
 
 @pytest.fixture(scope="session")
-def tiny_profile():
-    """Function: (pool_pages, **fields to change) -> Profile."""
-    return _profile
-
-
-@pytest.fixture(scope="session")
 def make_trace():
     """Function: (rows, ranks) -> Trace."""
     return _trace
 
 
 @pytest.fixture(scope="session")
-def worlds():
-    """Strategy factory: (most_requests) -> strategy of (trace, profile, config)."""
-    return _worlds
+def worlds(tiny_profile):
+    """Strategy of (trace, profile, config)."""
+    return _worlds(tiny_profile)
 
 
 @pytest.fixture(scope="session")

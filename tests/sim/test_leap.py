@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from policies import POLICIES, make_policy
 from sim.cluster import simulate
 from traces.record import REQUEST_COLUMNS, STATUS
 
 OPTIONS = {
-    "valora": st.fixed_dictionaries({"theta_s": st.sampled_from(("0", "0.00005", "0.0003", "0.5")), "prefetch": st.sampled_from(("0", "2"))}),
-    "dlora": st.fixed_dictionaries(
-        {"credit_s": st.sampled_from(("0", "0.0002", "0.5")), "merge_right": st.sampled_from(("0.4", "1.0"))}
-    ),
+    "valora": st.fixed_dictionaries({
+        "theta_s": st.sampled_from(("0", "0.00005", "0.0003", "0.5")), "prefetch": st.sampled_from(("0", "2")),
+        "mixture": st.sampled_from(("true", "true", "false")),
+    }),
+    "dlora": st.fixed_dictionaries({
+        "credit_s": st.sampled_from(("0", "0.0002", "0.5")), "merge_right": st.sampled_from(("0.4", "1.0")),
+    }),
     "fcfs": st.fixed_dictionaries({"max_loras": st.sampled_from(("1", "2"))}),
 }
 
@@ -35,7 +39,7 @@ def assert_nothing_lost(result, trace):
 @pytest.mark.parametrize("name", POLICIES)
 def test_leap_equals_step(name, worlds):
     @settings(max_examples=60)
-    @given(worlds(), OPTIONS.get(name, st.just({})))
+    @given(worlds, OPTIONS.get(name, st.just({})))
     def check(world, options):
         trace, profile, config = world
         policy = make_policy(name, options)
