@@ -15,6 +15,9 @@ from pathlib import Path
 
 Points = list[tuple[float, float]]
 
+POSITIVE = ("kv_bytes_per_token", "adapter_bytes_per_rank", "load_gb_per_s", "device_bytes", "max_context")
+"""Numbers that are divided by, or without which nothing runs."""
+
 
 class ProfileError(ValueError):
     """A profile that cannot be used. The message names the file, the key and what is wrong."""
@@ -87,7 +90,7 @@ class Profile:
 def _points(where: str, value) -> Points:
     try:
         points = [(float(x), float(y)) for x, y in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ProfileError(f"{where}: expected a list of [x, microseconds] pairs") from None
     if not points:
         raise ProfileError(f"{where}: no points")
@@ -117,26 +120,61 @@ def load_profile(path: str | Path) -> Profile:
         raise ProfileError(f"{path}: key {key!r} is {what}")
     if data["kind"] not in ("measured", "analytic", "extrapolated"):
         raise ProfileError(f"{path}: kind {data['kind']!r} is none of measured, analytic, extrapolated")
-    for key in fields:
-        value = data[key]
-        if isinstance(value, (int, float)) and not (math.isfinite(value) and value >= 0):
-            raise ProfileError(f"{path}: {key} {value} is not finite and non-negative")
+    _check_plain(path, data)
     for key in ("linear", "vision", "output"):
         data[key] = _points(f"{path}: {key}", data[key])
     for key in ("decode_attention", "prefill_attention"):
-        data[key] = {int(x): _points(f"{path}: {key}[{x}]", points) for x, points in data[key].items()}
-    data["switch"] = {way: _points(f"{path}: switch[{way}]", points) for way, points in data["switch"].items()}
-    data["lora"] = {operator: _operator(f"{path}: lora[{operator}]", table) for operator, table in data["lora"].items()}
+        data[key] = {x: _points(f"{path}: {key}[{x}]", points) for x, points in _grid(f"{path}: {key}", data[key])}
+    data["switch"] = {
+        way: _points(f"{path}: switch[{way}]", points) for way, points in _table(f"{path}: switch", data["switch"]).items()
+    }
+    operators = _table(f"{path}: lora", data["lora"])
+    data["lora"] = {operator: _operator(f"{path}: lora[{operator}]", table) for operator, table in operators.items()}
     return Profile(name=path.stem, sha256=hashlib.sha256(raw).hexdigest(), **data)
 
 
-def _operator(where: str, table: dict) -> dict:
+def _check_plain(path: Path, data: dict) -> None:
+    """Raise ProfileError unless the entries that are no tables have the type that `Profile` says, and a possible value."""
+    for key, kind in Profile.__annotations__.items():
+        value = data.get(key)
+        if kind in ("int", "float"):
+            right = isinstance(value, (int, float) if kind == "float" else int) and not isinstance(value, bool)
+            if not right or not 0 <= value < 1e18:
+                raise ProfileError(f"{path}: {key} {value!r} is not a finite, non-negative {kind}")
+            if value == 0 and key in POSITIVE:
+                raise ProfileError(f"{path}: {key} must be above 0")
+        elif kind == "dict" and not isinstance(value, dict):
+            raise ProfileError(f"{path}: {key} {value!r} is not an object")
+
+
+def _table(where: str, value) -> dict:
+    if not isinstance(value, dict):
+        raise ProfileError(f"{where}: expected an object, found {value!r}"[:300])
+    return value
+
+
+def _grid(where: str, value) -> list[tuple[int, object]]:
+    """The items of a table whose keys are whole numbers; at least one."""
+    items = _table(where, value).items()
+    for key, _ in items:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise ProfileError(f"{where}: key {key!r} is not a whole number")
+    if not items:
+        raise ProfileError(f"{where}: is empty")
+    return [(int(key), entry) for key, entry in items]
+
+
+def _operator(where: str, value) -> dict:
+    table = _table(where, value)
     if not {"decode", "prefill"} <= set(table):
         raise ProfileError(f"{where}: needs the tables decode and prefill, has {', '.join(sorted(table))}")
     parsed: dict = {"pads": bool(table.get("pads", False))}
     for phase in ("decode", "prefill"):
         parsed[phase] = {
-            int(rank): {int(n): _points(f"{where}.{phase}[{rank}][{n}]", points) for n, points in by_adapters.items()}
-            for rank, by_adapters in table[phase].items()
+            rank: {
+                adapters: _points(f"{where}.{phase}[{rank}][{adapters}]", points)
+                for adapters, points in _grid(f"{where}.{phase}[{rank}]", by_adapters)
+            }
+            for rank, by_adapters in _grid(f"{where}.{phase}", table[phase])
         }
     return parsed

@@ -1,0 +1,91 @@
+"""Profile files: whatever is wrong is said with the file, the key and the value."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from policies.profile import ProfileError, load_profile
+from sim.analytic import SHAPES, analytic_profile
+
+PROFILES = Path(__file__).parents[2] / "sim" / "profiles"
+
+
+@pytest.fixture(scope="module")
+def good():
+    return analytic_profile("llava-1.5-7b")
+
+
+def write(path: Path, data) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_the_committed_analytic_profiles_are_what_the_module_makes(model):
+    committed = json.loads((PROFILES / f"analytic-h200-{model}.json").read_text(encoding="utf-8"))
+    assert committed == json.loads(json.dumps(analytic_profile(model)))
+    assert committed["kind"] == "analytic"
+
+
+@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_profile_loads(path):
+    profile = load_profile(path)
+    assert profile.name == path.stem
+    assert profile.pool_bytes(golden=True) < profile.pool_bytes(golden=False)
+
+
+SPOILT = {
+    "unknown key": (lambda d: d.update(linaer=[]), "'linaer' is unknown"),
+    "missing key": (lambda d: d.pop("vision"), "'vision' is missing"),
+    "kind": (lambda d: d.update(kind="guessed"), "kind 'guessed'"),
+    "NaN": (lambda d: d.update(load_latency_us=math.nan), "load_latency_us"),
+    "negative": (lambda d: d.update(weights_bytes=-1), "weights_bytes"),
+    "NaN point": (lambda d: d["linear"].__setitem__(0, [1, math.nan]), "linear"),
+    "infinite point": (lambda d: d["output"].__setitem__(0, [1, math.inf]), "output"),
+    "negative point": (lambda d: d["vision"].__setitem__(0, [1, -3]), "vision"),
+    "descending points": (lambda d: d["linear"].reverse(), "ascend"),
+    "equal points": (lambda d: d["linear"].insert(1, d["linear"][0]), "ascend"),
+    "no points": (lambda d: d.update(linear=[]), "linear: no points"),
+    "not points": (lambda d: d.update(linear=7), "linear"),
+    "not pairs": (lambda d: d.update(linear=[1, 2]), "linear"),
+    "no batches": (lambda d: d.update(decode_attention={}), "decode_attention"),
+    "batch is no number": (lambda d: d["decode_attention"].update(x=[[0, 1]]), "decode_attention"),
+    "a table that is none": (lambda d: d.update(prefill_attention=[1]), "prefill_attention"),
+    "lora without a phase": (lambda d: d["lora"]["slora"].pop("decode"), r"lora\[slora\]"),
+    "lora that is none": (lambda d: d["lora"].update(slora=3), r"lora\[slora\]"),
+    "lora without ranks": (lambda d: d["lora"]["slora"].update(decode={}), r"lora\[slora\]"),
+    "text for a number": (lambda d: d.update(max_context="4096"), "max_context"),
+    "truth for a number": (lambda d: d.update(max_context=True), "max_context"),
+    "no bandwidth": (lambda d: d.update(load_gb_per_s=0), "load_gb_per_s"),
+    "no bytes a token": (lambda d: d.update(kv_bytes_per_token=0), "kv_bytes_per_token"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_profile_is_refused(name, good, tmp_path):
+    spoil, message = SPOILT[name]
+    data = copy.deepcopy(good)
+    spoil(data)
+    path = write(tmp_path / "spoilt.json", data)
+    with pytest.raises(ProfileError, match=message) as caught:
+        load_profile(path)
+    assert "spoilt.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}", "{} {}", '{"a": 1}'])
+def test_what_is_no_profile_is_refused(text, tmp_path):
+    with pytest.raises(ProfileError, match=r"odd\.json"):
+        load_profile(write(tmp_path / "odd.json", text))
+
+
+def test_an_absent_file_and_a_model_larger_than_the_gpu(good, tmp_path):
+    with pytest.raises(ProfileError, match=r"absent\.json"):
+        load_profile(tmp_path / "absent.json")
+    small = load_profile(write(tmp_path / "small.json", good | {"device_bytes": 10**9}))
+    with pytest.raises(ProfileError, match="leave no memory"):
+        small.pool_bytes(golden=False)
