@@ -9,7 +9,6 @@ preempted for recomputation (vLLM's order).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import WAITING, Entry, View
@@ -213,19 +212,25 @@ def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
             break
 
 
-def starving(view: View, patience_ns: int) -> tuple[list[Entry], int | None]:
+def starving(view: View, patience_ns: int, most: int = -1, enough: float = -1) -> tuple[list[Entry], int | None]:
     """The requests without progress for more than `patience_ns`, and when the next one joins them (None: nobody is left).
 
     Looks only at those that starve and at one more of each queue: the queues are in order of their last progress. Of those
-    that never ran only as many as a step can take, so that a backlog of thousands costs no more than a full batch.
+    that never ran it looks at as many as a step can take, and beyond only until more than `enough` requests of other
+    adapters than `most` starve: a backlog of thousands costs no more than that.
     """
-    now_ns, found, next_ns = view.now_ns, [], None
-    arrived = islice(view.arrived, view.limits.max_batch + 1)
+    now_ns, found, next_ns, others = view.now_ns, [], None, 0
+    if view.total - view.unfinished.get(most, 0) <= enough:
+        enough = -1
+    arrived = view.arrived
     for entries, ordered in ((view.prefilling, False), (view.preempted, False), (arrived, True), (view.paused, True)):
         for entry in entries:
             due_ns = entry.since_ns + patience_ns + 1
             if due_ns <= now_ns:
                 found.append(entry)
+                others += entry.adapter != most
+                if entries is arrived and others > enough and len(found) > view.limits.max_batch:
+                    break
             else:
                 next_ns = due_ns if next_ns is None else min(next_ns, due_ns)
                 if ordered:

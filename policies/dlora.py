@@ -46,7 +46,7 @@ class DLora:
         fcfs = min(view.limits.max_batch, view.total)
         most = most_common(view)
         count = min(view.unfinished.get(most, 0), view.limits.max_batch)
-        waited_long, until_ns = starving(view, int(self.credit_s * 1e9))
+        waited_long, until_ns = starving(view, int(self.credit_s * 1e9), most, 0)
         urgent = [entry for entry in waited_long if entry.adapter != most]
         merged = view.mode == MERGED and view.merged == most
         threshold = thresholds.merge_left if merged else thresholds.merge_right

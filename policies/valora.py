@@ -46,7 +46,7 @@ class Valora:
         most = most_common(view)
         if most < 0 or view.unfinished[most] <= half or not view.is_resident(most):
             return self._unmerged(view)
-        waited_long, until_ns = starving(view, self._patience_ns(view))
+        waited_long, until_ns = starving(view, self._patience_ns(view), most, half)
         taken_up = set()
         if view.mode == MIXTURE and view.merged == most:
             taken_up = {r for r in view.decoding if not view.is_paused(r)}.difference(view.decoding_of(most))
