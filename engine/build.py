@@ -7,6 +7,7 @@ count is on the safe side by the adapters' size. It decides nothing while the en
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,9 +78,22 @@ class Engine:
     runner: Runner
     ledger: Ledger
     journal: Journal
-    cost: Cost
+    cost: Cost | None
     page_bytes: int
     operator: str
+
+    def renew(self, config: EngineConfig, policy: Policy) -> None:
+        """Forget everything that was served: plain weights, no adapter resident, an empty cache, new books."""
+        runner, old = self.runner, self.ledger.pool
+        runner.loader.drain()
+        runner.lora.evict_all()
+        for request in list(runner.sequences):
+            runner.drop(request)
+        runner.answers.clear()
+        pool = Pool(old.pages, old.page_tokens, old.adapters, old.adapter_pages, prefix_cache=config.prefix_cache)
+        runner.cache.attach(pool)
+        self.journal = Journal(keep_steps=config.keep_steps)
+        self.ledger = Ledger(pool, config.limits, self.journal, self.cost, oracle=policy.oracle)
 
 
 def adapter_bytes_per_rank(shape: ModelShape, targets: tuple[str, ...], dtype: torch.dtype) -> int:
@@ -89,8 +103,9 @@ def adapter_bytes_per_rank(shape: ModelShape, targets: tuple[str, ...], dtype: t
 
 
 def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: Adapters, policy: Policy,
-          profile: Profile, config: EngineConfig, hosts: list[HostAdapter | None] | None = None) -> Engine:
-    """An engine for one policy. hosts: the adapters' host copies of an earlier engine on this model, to be used again.
+          profile: Profile | None, config: EngineConfig, hosts: list[HostAdapter | None] | None = None) -> Engine:
+    """An engine for one policy. profile: what the policy predicts with; None for one that never does. hosts: the adapters'
+    host copies of an earlier engine on this model, to be used again.
 
     Raises ModelError where the memory holds no page, LoraError for an unknown operator, ProfileError for a profile without
     what the policy wants to know.
@@ -115,7 +130,7 @@ def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: 
         runner.graphs = DecodeGraphs(
             decoder, cache, lora, runner.last_tokens, max_batch=limits.max_batch, width=runner.width
         )  # fmt: skip
-    cost = Cost(profile, policy.operator, policy.switch, adapters)
+    cost = Cost(profile, policy.operator, policy.switch, adapters) if profile is not None else None
     journal = Journal(keep_steps=config.keep_steps)
     return Engine(runner, Ledger(pool, limits, journal, cost, oracle=policy.oracle), journal, cost, page_bytes, operator)
 
@@ -124,6 +139,7 @@ def _pages(model: Model, page_bytes: int, config: EngineConfig) -> int:
     """Pages that the free memory holds beside the largest step's activations and a reserve."""
     if model.device.type != "cuda":
         return max(1, int(CPU_PAGES * config.memory_share))
+    gc.collect()  # an engine of another policy may lie about
     torch.cuda.empty_cache()
     shape = model.shape
     row = 4 * shape.hidden + 3 * shape.intermediate + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from engine.options import MODELS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
 FAMILIES = {"llava": "LlavaForConditionalGeneration", "qwen2_vl": "Qwen2VLForConditionalGeneration"}
 VIDEO_IMAGES = {"llava": 3, "qwen2_vl": 6}
 """Images of a video request: VaLoRA (EuroSys 2025) takes 6, 3 for LLaVA, whose images have more tokens."""

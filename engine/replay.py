@@ -28,6 +28,8 @@ from traces.record import RunResult
 from traces.request import NO_ADAPTER, Request, Trace
 
 INTERRUPTED = "the replay was interrupted"
+MOST_TURNS = 1_000_000
+"""Decisions in a row that compute nothing. While a copy is under way there may be thousands a second, none of them wrong."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Driver:
     the run at the next step boundary.
     """
 
-    def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost, journal: Journal, clock: Clock,
+    def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost | None, journal: Journal, clock: Clock,
                  runner: Runner | None = None, *, prompts: dict[int, Prompt] | None = None, check_invariants: bool = False,
                  progress: Callable[[int, int], None] | None = None):
         self.policy, self.ledger, self.cost, self.journal, self.clock = policy, ledger, cost, journal, clock
@@ -67,6 +69,7 @@ class Driver:
         self.stop = False
         self.last_ps = 0  # when the last step ended
         self.arrived = 0
+        self._turns = 0  # decisions in a row that computed nothing
         self._prompts = prompts or {}
         self._check = check_invariants
         self._progress = progress
@@ -141,16 +144,26 @@ class Driver:
 
     def _execute(self, plan: Plan, work: Work, start_ps: int) -> None:
         for adapter in plan.loads:
-            self.journal.counters["load_bytes"] += self.cost.adapter_bytes(adapter)
+            self.journal.counters["load_bytes"] += self._bytes_of(adapter)
             self.clock.start_load(adapter)
         if self.runner is not None:
             self.runner.begin(plan, self.ledger)
         if plan.decodes or plan.prefills:
+            self._turns = 0
             self._lease(plan, work, start_ps)
-        elif not (plan.preempts or plan.aborts or plan.evicts):
+            return
+        self._turns += 1
+        if self._turns > MOST_TURNS:
+            raise InvariantError(f"policy {self.policy.name} decided {self._turns} times in a row and computed nothing")
+        if not (plan.preempts or plan.aborts or plan.evicts):
             self._refuse_deadlock(plan)
             until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
             self.clock.sleep(min(until_ps, self._next_arrival_ps()))
+
+    def _bytes_of(self, adapter: int) -> int:
+        if self.runner is not None:
+            return self.runner.loader.adapters[adapter].nbytes
+        return self.cost.adapter_bytes(adapter)
 
     def _lease(self, plan: Plan, work: Work, start_ps: int) -> None:
         """Run the plan's steps up to the first boundary at or after the next event; then commit them."""
@@ -164,7 +177,7 @@ class Driver:
             while launched < most and launched - len(ends) < clock.depth and not halt:
                 halt = not self._launched(launched)
                 launched += not halt
-                if launched == 1 and not ends:
+                if launched == 1 and not ends and clock.depth > 1:  # else a launch is the step itself
                     enqueued_ps = clock.now_ps()
             if len(ends) == launched:
                 break

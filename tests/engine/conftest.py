@@ -18,7 +18,7 @@ def tiny_model(name):
     from engine.decoder import Decoder
     from engine.models import random_model
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # tensors of a few numbers are slower on many
     model = random_model(name, dtype=torch.float32, device="cpu", seed=1)
     return model, Decoder(model)
 

@@ -1,0 +1,65 @@
+"""`python -m engine replay | generate | make-adapters`: serve a trace, answer one prompt, write random adapters.
+
+Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 2 (bad input; one line that says where and what
+to do), 3 (an invariant was broken: a bug, not bad input), 130 (interrupted; what had finished was written).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from engine.options import add_generate_arguments, add_make_adapters_arguments, add_replay_arguments
+from policies import PolicyError, known_policies
+from policies.invariants import InvariantError
+from policies.plan import PlanError
+from traces.options import SuggestingParser
+
+
+def build_parser() -> SuggestingParser:
+    parser = SuggestingParser("python -m engine", description="Serve many LoRA adapters on one multimodal model, really.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_replay_arguments(commands.add_parser("replay", help="replay a trace on this machine", description=(
+        "Replay a trace through LoRA serving policies on this machine's GPU.")), known_policies())  # fmt: skip
+    add_generate_arguments(commands.add_parser("generate", help="answer one prompt", description="Answer one prompt."))
+    add_make_adapters_arguments(commands.add_parser("make-adapters", help="write random adapters in PEFT's format",
+                                description="Write random adapters in PEFT's format."))  # fmt: skip
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """The chosen command. torch is imported here: a misspelt option is answered at once."""
+    if args.command == "replay":
+        from engine.serve import replay
+
+        return replay(args)
+    if args.command == "generate":
+        from engine.generate import generate
+
+        return generate(args)
+    from engine.generate import make_adapters
+
+    return make_adapters(args)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except (PlanError, InvariantError) as error:
+        print(f"{parser.prog}: invariant broken: {error}", file=sys.stderr)
+        return 3
+    except (PolicyError, ValueError, OSError) as error:  # every error of bad input is a ValueError
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of stdout, `head` say, has seen enough
+        sys.stdout = None
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The command-line options of the engine's three commands. No torch here, so that a misspelt option is answered at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+
+from policies import PolicyError
+from traces.options import add_trace_arguments, count, positive, ranks
+
+MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
+TARGETS = {"attention": ("qkv", "o"), "all": ("qkv", "o", "gate_up", "down")}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where, in which type."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", default=MODELS[0], metavar="NAME|DIR",
+        help=f"a checkpoint directory, or random weights of {', '.join(MODELS)} (default {MODELS[0]})")  # fmt: skip
+    add("--device", help="cuda or cpu (default: the GPU if there is one)")
+    add("--dtype", choices=DTYPES, help="type of weights and cache (default bfloat16 on a GPU, float32 elsewhere)")
+    add("--targets", choices=TARGETS, default="attention", help="linears that adapters may touch (default attention)")
+    add("--adapter-dir", metavar="DIR", help="folder with one PEFT folder an adapter, by name (default: random adapters)")
+
+
+def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str]) -> None:
+    """Options of `replay`: the simulator's for traces, policies and output, and the engine's own."""
+    add = parser.add_argument
+    add("--policy", default="valora", metavar="NAME[,NAME...]", help="one, or several in turn: " + ", ".join(policies))
+    add("--policy-option", action="append", default=[], metavar="[POLICY.]KEY=VALUE",
+        help="a parameter of a policy, e.g. valora.theta_s=2; may be repeated")  # fmt: skip
+    add_trace_arguments(parser)
+    add_model_arguments(parser)
+    group = parser.add_argument_group("engine")
+    add = group.add_argument
+    add("--profile", metavar="FILE", help="latency profile that policies predict with (default: the model's)")
+    add("--operator", metavar="NAME", help="LoRA operator for every policy (default: each policy's own)")
+    add("--memory-share", type=positive, default=1.0, metavar="F", help="share of the free memory to use (default 1)")
+    add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
+    add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
+    add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")
+    add("--max-context", type=count, metavar="N", help="tokens of a request (default: the model's, up to 4096)")
+    add("--no-prefix-cache", action="store_true", help="forget prefixes when their request ends")
+    add("--no-graphs", action="store_true", help="launch every decode step kernel by kernel")
+    add("--warmup", type=count, default=8, metavar="N", help="requests served before the clock starts (default 8)")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="SLOs, e.g. ttft:200 tpot:50; fills request_goodput")
+    add("--per-adapter", action="store_true", help="a table by adapter as well")
+    add("--output", metavar="DIR", help="write requests, steps, summary and a Perfetto trace there")
+    add("--overwrite", action="store_true", help="replace results that --output finds there")
+    add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr (default: on a terminal)")
+    add("--check-invariants", action="store_true", help="prove the books after every step (slower)")
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `generate`."""
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the question; needs the tokenizer of a checkpoint")
+    add("--ids", metavar="N,N,...", help="token ids instead of a prompt; each image token stands for one whole image")
+    add("--image", action="append", default=[], metavar="FILE", help="an image file; may be repeated")
+    add("--adapter", metavar="NAME", help="adapter of --adapter-dir to answer with")
+    add("--head", action="store_true", help="let the adapter's vision task head answer")
+    add("--max-tokens", type=count, default=128, metavar="N", help="tokens of the answer at most (default 128)")
+    add("--seed", type=count, default=0, metavar="N", help="seed of random weights (default 0)")
+    add_model_arguments(parser)
+
+
+def add_make_adapters_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `make-adapters`."""
+    add = parser.add_argument
+    add("--model", default=MODELS[0], choices=MODELS, help=f"model that they fit (default {MODELS[0]})")
+    add("--out", required=True, metavar="DIR", help="folder to write them into")
+    add("--adapters", type=count, default=16, metavar="N", help="how many (default 16); named as `replay` asks for them")
+    add("--ranks", type=ranks, default=(64,), metavar="R,R,...", help="ranks they cycle over (default 64)")
+    add("--targets", choices=TARGETS, default="attention", help="linears that they touch (default attention)")
+    add("--head-classes", type=count, default=0, metavar="N", help="give each a task head with N classes")
+    add("--head-queries", type=count, default=0, metavar="N", help="make the head a detector with N queries")
+    add("--seed", type=count, default=0, metavar="N", help="seed (default 0)")
+
+
+def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Parameters by policy from [POLICY.]KEY=VALUE; without a policy's name they are the only policy's. PolicyError."""
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        policy, _, parameter = key.rpartition(".")
+        if not policy and len(names) == 1:
+            policy = names[0]
+        if not equals or policy not in options:
+            raise PolicyError(f"--policy-option {pair!r}: expected POLICY.KEY=VALUE with a policy of {', '.join(names)}")
+        options[policy][parameter] = value
+    return options

@@ -1,0 +1,216 @@
+"""`replay`: a trace through one or several policies on one model, from the options to tables and files.
+
+The model is built once; each policy gets an engine of its own, is warmed up with the first requests, and then replays the
+trace on the wall clock. A signal ends the replay; what has finished is written. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.build import Adapters, Engine, build, find_adapters
+from engine.clock import MockedClock, WallClock
+from engine.decoder import Decoder
+from engine.graphs import BRANCHED, MIXED, PLAIN
+from engine.models import MODELS, Model, ModelError, load_model
+from engine.options import TARGETS, policy_options
+from engine.progress import Progress
+from engine.replay import Driver, EngineConfig, record, resolved, stripped
+from policies import Policy, PolicyError, make_policy
+from policies.profile import Profile, ProfileError, load_profile
+from policies.view import Limits
+from traces.options import load_trace
+from traces.record import RunResult, parse_goodput, per_adapter, summarize
+from traces.request import Trace
+from traces.result_files import check_target, write_results
+from traces.result_tables import render_per_adapter, render_table
+
+PROFILES = Path(__file__).parent.parent / "sim" / "profiles"
+MOST_CONTEXT = 4096
+
+
+def replay(args: argparse.Namespace) -> int:
+    """The command. 0, or 130 after an interruption."""
+    names = list(dict.fromkeys(name.strip() for name in args.policy.split(",") if name.strip()))
+    if not names:
+        raise PolicyError("--policy names no policy")
+    options = policy_options(names, args.policy_option)
+    policies = [make_policy(name, options[name]) for name in names]
+    if args.output:
+        check_target(args.output, args.overwrite)
+    goodput = parse_goodput(args.goodput)
+    began = time.perf_counter()
+    model = model_of(args)
+    config = engine_config(args, model)
+    trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
+    profile = find_profile(args.profile, model)
+    found = find_adapters(trace.adapters, model.shape, config.targets, args.adapter_dir, args.seed)
+    for name, reason in found.reasons.items():
+        print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
+    print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
+    results, interrupted = [], False
+    session = Session(model, config, trace, profile, found)
+    for policy in policies:
+        with Progress(policy.name, len(trace), args.progress) as progress:
+            result, interrupted = session.run(policy, args.warmup, progress)
+        results.append(result)
+        if interrupted:
+            break
+    publish(args, results, [adapter.name for adapter in trace.adapters], goodput)
+    if interrupted:
+        print("interrupted; what had finished is in the result", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+class Session:
+    """What the policies of one replay share: the model, the adapters' host copies, the trace."""
+
+    def __init__(self, model: Model, config: EngineConfig, trace: Trace, profile: Profile, found: Adapters):
+        self.model, self.config, self.trace, self.profile, self.found = model, config, trace, profile, found
+        self._decoder = Decoder(model)
+        self._hosts = None
+
+    def run(self, policy: Policy, warmup: int, progress: Progress) -> tuple[RunResult, bool]:
+        """(the record of one policy, whether a signal ended it)."""
+        model, config = self.model, self.config
+        trace = stripped(self.trace, policy)
+        engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config, self._hosts)
+        self._hosts = engine.runner.loader.adapters
+        seconds = warm_up(engine, policy, trace, config, warmup)
+        print(f"{policy.name}: warmed up in {seconds:.1f} s, {engine.ledger.pool.pages} KV pages", file=sys.stderr)
+        driver = Driver(
+            trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
+            check_invariants=config.check_invariants, progress=progress.update,
+        )  # fmt: skip
+        with stopping(driver):
+            driver.run()
+        settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
+        settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in self.found.reasons.items()]
+        result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes)
+        engine.renew(config, policy)  # plain weights again, for whoever comes next
+        return result, driver.stop
+
+
+def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, requests: int) -> float:
+    """Capture the graphs and serve the first requests at once, under a mocked clock, so that all kernels are compiled; then
+    forget it. Seconds that it took."""
+    began = time.perf_counter()
+    runner = engine.runner
+    if runner.graphs is not None:
+        kinds = [PLAIN]
+        if trace.adapters and (trace.adapter >= 0).any():
+            kinds += [BRANCHED, MIXED] if policy.merges else [BRANCHED]
+        runner.graphs.capture(tuple(kinds))
+    if requests and len(trace):
+        first = trace.take(np.arange(min(requests, len(trace))))
+        first = first.with_(arrival_ns=np.zeros(len(first), np.int64))
+        clock = MockedClock(engine.cost, runner)
+        Driver(first, policy, engine.ledger, engine.cost, engine.journal, clock, runner).run()
+    engine.renew(config, policy)
+    if runner.last_tokens.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def stopping(driver: Driver):
+    """SIGINT and SIGTERM end the run at the next step; a second one kills."""
+
+    def stop(number, _frame) -> None:
+        driver.stop = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def publish(args: argparse.Namespace, results: Sequence[RunResult], adapters: list[str], goodput: dict[str, float]) -> None:
+    """Files, then tables on stdout."""
+    summaries = {result.policy: summarize(result, goodput) for result in results}
+    if args.output:
+        write_results(args.output, results, summaries, adapters, args.overwrite)
+    sys.stdout.write(render_table(summaries))
+    if args.per_adapter:
+        for result in results:
+            sys.stdout.write("\n" + render_per_adapter(per_adapter(result, adapters), result.policy))
+    sys.stdout.flush()
+
+
+def model_of(args: argparse.Namespace) -> Model:
+    """The model that --model, --device, --dtype and --seed describe."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"--device {device}: torch finds no GPU; leave it out to run on the CPU")
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    if device == "cpu" and dtype != torch.float32:
+        raise ModelError(f"--dtype {args.dtype}: on a CPU the kernels are interpreted, which is right in float32 only")
+    return load_model(args.model, dtype=dtype, device=device, seed=args.seed)
+
+
+def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
+    """The engine's configuration. ValueError with the offending value."""
+    if args.page_tokens < 1 or 64 % args.page_tokens:
+        raise ValueError(f"--page-tokens {args.page_tokens} must divide 64")
+    if args.memory_share > 1:
+        raise ValueError(f"--memory-share {args.memory_share} is above 1")
+    most = model.shape.max_context
+    context = args.max_context or min(most, MOST_CONTEXT)
+    if context > most:
+        raise ValueError(f"--max-context {context} is above the model's {most}")
+    return EngineConfig(
+        limits=Limits(args.max_batch, args.max_batch_tokens, context), operator=args.operator,
+        page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
+        targets=TARGETS[args.targets], graphs=not args.no_graphs, seed=args.seed, keep_steps=args.output is not None,
+        check_invariants=args.check_invariants,
+    )  # fmt: skip
+
+
+def find_profile(path: str | None, model: Model) -> Profile:
+    """The profile of a file; else the model's measured one, else its analytic one. ProfileError where there is none."""
+    if path is not None:
+        return load_profile(path)
+    name = model.source if model.source in MODELS else model.shape.name
+    for candidate in (f"h200-{name}.json", f"analytic-h200-{name}.json"):
+        if (PROFILES / candidate).exists():
+            return load_profile(PROFILES / candidate)
+    raise ProfileError(f"no latency profile for the model {name!r}; policies predict with one: name it with --profile FILE")
+
+
+def with_slo(trace: Trace, goodput: dict[str, float]) -> Trace:
+    """--goodput ttft:MS is also the deadline that admission control knows, unless the trace brings its own."""
+    if "ttft" not in goodput or trace.ttft_slo_ns is not None:
+        return trace
+    return trace.with_(ttft_slo_ns=np.full(len(trace), round(goodput["ttft"] * 1e6), np.int64))
+
+
+def describe_model(model: Model) -> dict:
+    """Facts for the record."""
+    return {
+        "name": model.shape.name, "weights": "random" if model.random else "checkpoint", "dtype": str(model.dtype),
+        "parameters": sum(parameter.numel() for parameter in model.hf.parameters()),
+    }  # fmt: skip
+
+
+def describe_device(device: torch.device) -> dict:
+    """Facts for the record."""
+    import transformers
+    import triton
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
+    return {"name": name, "cuda": torch.version.cuda, **versions}

@@ -1,0 +1,208 @@
+"""`python -m engine`: replay, generate and make-adapters, end to end on a tiny model."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from engine.__main__ import main  # noqa: E402
+from traces.result_files import read_results  # noqa: E402
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def profile_file(tmp_path, profile):
+    values = dataclasses.asdict(profile)
+    del values["name"], values["sha256"]
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.fixture
+def replay(profile_file):
+    """The arguments of a small replay."""
+    return [
+        "replay", "--model", "tiny-llava", "--device", "cpu", "--profile", profile_file, "--max-requests", "6",
+        "--time-scale", "0.001", "--clip", "--max-context", "128", "--adapters", "2", "--ranks", "4,8",
+        "--adapter-assign", "round-robin", "--max-batch", "4", "--max-batch-tokens", "64", "--warmup", "1",
+        "--check-invariants",
+    ]  # fmt: skip
+
+
+def test_replay_writes_what_the_simulator_writes(replay, tmp_path, capsys):
+    out = tmp_path / "results"
+    assert main([*replay, "--policy", "slora,base", "--output", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "slora" in printed.out
+    assert "warmed up" in printed.err
+    slora, base = read_results(out)
+    assert [slora.policy, base.policy] == ["slora", "base"]
+    assert (slora.requests["status"] == 0).all()
+    assert (slora.requests["generated_tokens"] == slora.requests["output_tokens"]).all()
+    assert slora.counters["adapter_loads"] == 2
+    assert slora.counters["load_bytes"] == sum(2 * 4 * (3 * 64 + 192 + 128) * 16 for _ in range(2))  # ranks padded to 16
+    assert slora.steps is not None
+    assert slora.config["engine"]["model"]["weights"] == "random"
+    assert slora.operator == "reference"
+    assert slora.config["notes"]
+
+
+def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
+    folder = str(tmp_path / "adapters")
+    made = ["make-adapters", "--model", "tiny-llava", "--out", folder, "--adapters", "2", "--ranks", "4,8"]
+    assert main([*made, "--head-classes", "5"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{folder}/adapter-000", f"{folder}/adapter-001"]
+    (tmp_path / "adapters" / "adapter-001" / "adapter_config.json").write_text("{}")
+    out = tmp_path / "results"
+    command = [*replay, "--policy", "slora", "--adapter-dir", folder, "--workload", "video", "--output", str(out)]
+    assert main(command) == 0
+    (run,) = read_results(out)
+    failed = run.requests["adapter"] == 1
+    assert (run.requests["status"] == np.where(failed, 3, 0)).all()
+    assert 0 < failed.sum() < 6
+    assert any("adapter-001 was left out" in note for note in run.config["notes"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policy", "valro"], "did you mean 'valora'?"),
+        (["--operator", "atm"], "unknown operator 'atm'"),
+        (["--max-context", "9999"], "--max-context 9999 is above the model's 512"),
+        (["--page-tokens", "24"], "must divide 64"),
+        (["--device", "cuda"], "torch finds no GPU"),
+        (["--dtype", "bfloat16"], "right in float32 only"),
+        (["--model", "no/such"], "neither a directory nor one of"),
+        (["--profile", "missing.json"], "missing.json: No such file"),
+        (["--trace", "missing.csv"], "missing.csv"),
+        (["--adapter-dir", "missing"], "adapter-000"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_line(replay, arguments, words, capsys):
+    if arguments[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if arguments[0] == "--adapter-dir":  # every adapter is missing: a result all the same, and each is named
+        assert main([*replay, "--policy", "slora", *arguments]) == 0
+        assert words in capsys.readouterr().err
+        return
+    with pytest.raises(SystemExit) as ended:
+        main([*replay, *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_signal_ends_the_replay_and_what_has_finished_is_written(replay, tmp_path):
+    out = tmp_path / "results"
+    arguments = [*replay, "--policy", "slora", "--output", str(out)]
+    arguments[arguments.index("--max-requests") + 1] = "400"
+    arguments[arguments.index("--time-scale") + 1] = "1"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine", *arguments], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if "warmed up" in line:
+            break
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    (run,) = read_results(out)
+    assert (run.requests["status"] == 0).sum() > 0
+    assert len(run.requests["id"]) < 400
+    assert any(note.startswith("interrupted: ") for note in run.config["notes"])
+
+
+def test_generate_answers_with_an_adapter_and_an_image(tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    image.new("RGB", (80, 60), (0, 128, 255)).save(tmp_path / "blue.png")
+    folder = str(tmp_path / "adapters")
+    made = ["make-adapters", "--model", "tiny-llava", "--out", folder, "--adapters", "1", "--ranks", "4"]
+    assert main([*made, "--head-classes", "5"]) == 0
+    capsys.readouterr()
+    common = ["generate", "--model", "tiny-llava", "--device", "cpu", "--ids", "5,300,6,7"]
+    common += ["--image", str(tmp_path / "blue.png")]
+    assert main([*common, "--max-tokens", "4"]) == 0
+    plain = capsys.readouterr().out
+    assert 1 <= len(plain.strip().split(",")) <= 4
+    adapted = [*common, "--adapter-dir", folder, "--adapter", "adapter-000"]
+    assert main([*adapted, "--max-tokens", "4"]) == 0
+    capsys.readouterr()
+    assert main([*adapted, "--head"]) == 0
+    assert int(capsys.readouterr().out) in range(5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ids", "5,6", "--image", "x.png"], "x.png: cannot be read"),
+        (["--ids", "5,300,6"], "1 image tokens (300) in the prompt for 0 images"),
+        (["--ids", "5,999"], "'999' is not a token id in 0..319"),
+        (["a question"], "has random weights and no tokenizer"),
+        ([], "give a prompt, or --ids"),
+        (["--ids", "5", "--adapter", "x"], "say with --adapter-dir"),
+        (["--ids", "5", "--adapter", "../x", "--adapter-dir", "."], "a name has letters"),
+        (["--ids", "5", "--max-tokens", "600"], "pass the model's context of 512"),
+    ],
+)
+def test_generate_refuses_bad_input(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", "tiny-llava", "--device", "cpu", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_generate_from_a_checkpoint_with_its_tokenizer(tmp_path, model, capsys):
+    """A checkpoint directory as transformers saves it; the answer is transformers' own greedy one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.models import random_model
+
+    hf = random_model("tiny-llava", dtype=torch.float32, device="cpu", seed=4).hf
+    hf.save_pretrained(tmp_path)
+    words = {f"w{i}": i for i in range(320) if i not in (5, 6, 7)} | {"USER:": 5, "ASSISTANT:": 6, "what": 7}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(tmp_path)
+    capsys.readouterr()
+    assert main(["generate", "--model", str(tmp_path), "--device", "cpu", "--max-tokens", "5", "what"]) == 0
+    ids = torch.tensor([[5, 7, 6]])
+    expected = hf.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 3:].tolist()
+    assert capsys.readouterr().out.split() == [f"w{i}" for i in expected if i > 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda p: (p / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda p: (p / "config.json").write_text('{"model_type": "gpt2"}'), "model_type 'gpt2'; supported are llava"),
+        (lambda p: (p / "model.safetensors").rename(p / "model.bin"), "pickled weights are never loaded"),
+        (
+            lambda p: (p / "config.json").write_text(
+                json.dumps(json.loads((p / "config.json").read_text()) | {"auto_map": {"AutoModel": "x.Y"}})
+            ),
+            "asks to run code of the checkpoint",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_trusted_is_refused(tmp_path, model, change, words):
+    from engine.models import ModelError, load_checkpoint, random_model
+
+    random_model("tiny-llava", dtype=torch.float32, device="cpu").hf.save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ModelError, match=words):
+        load_checkpoint(tmp_path, dtype=torch.float32, device="cpu")
