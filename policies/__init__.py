@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
-from importlib.metadata import entry_points
+from dataclasses import fields, is_dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
 from policies.dlora import DLora
@@ -61,12 +61,23 @@ def known_policies() -> dict[str, type]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         if entry.name in found:
             raise PolicyError(f"entry point {entry.value}: the policy name {entry.name!r} is taken")
-        policy = entry.load()
-        missing = [attribute for attribute in ATTRIBUTES if not hasattr(policy, attribute)]
-        if missing:
-            raise PolicyError(f"entry point {entry.value}: the class lacks {', '.join(missing)}")
-        found[entry.name] = policy
+        found[entry.name] = _plug_in(entry)
     return found
+
+
+def _plug_in(entry: EntryPoint) -> type:
+    try:
+        policy = entry.load()
+    except Exception as error:  # whatever a stranger's module raises while it is imported
+        raise PolicyError(f"entry point {entry.value} of policy {entry.name!r} cannot be loaded: {error!r}") from error
+    missing = [attribute for attribute in ATTRIBUTES if not hasattr(policy, attribute)]
+    if missing:
+        raise PolicyError(f"entry point {entry.value}: the class lacks {', '.join(missing)}")
+    if not (isinstance(policy, type) and is_dataclass(policy)):
+        raise PolicyError(f"entry point {entry.value}: must be a class under @dataclass(frozen=True)")
+    if policy.name != entry.name:
+        raise PolicyError(f"entry point {entry.value}: the class calls itself {policy.name!r}, the entry {entry.name!r}")
+    return policy
 
 
 def make_policy(name: str, options: dict[str, str] | None = None) -> Policy:

@@ -24,6 +24,10 @@ class PlanError(ValueError):
     """A plan broke a rule of the ledger: the policy is wrong. The message names the rule and the offending value."""
 
 
+class PeekError(PlanError, PermissionError):
+    """A policy that is no oracle asked for an output length."""
+
+
 class Plan(NamedTuple):
     """One decision, which stands as a lease over a run of steps. Requests and adapters are named by id.
 

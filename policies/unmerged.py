@@ -83,6 +83,10 @@ class Fcfs:
     merges = False
     oracle = False
 
+    def __post_init__(self):
+        if self.max_loras < 1:
+            raise ValueError(f"policy fcfs: max_loras={self.max_loras} serves no adapter; at least 1")
+
     def decide(self, view: View) -> Plan:
         """FCFS within the slots."""
         if not view.queued:

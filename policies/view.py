@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from policies.plan import PeekError
 from traces.request import Adapter, Request
 
 if TYPE_CHECKING:
@@ -182,9 +183,9 @@ class View:
         return self._ledger.entries[request]
 
     def output_tokens(self, request: int) -> int:
-        """The true output length; only for an oracle. Raises PermissionError for any other policy."""
+        """The true output length; only for an oracle. Raises PeekError for any other policy."""
         if not self._oracle:
-            raise PermissionError(f"output length of request {request}: only a policy that sets `oracle = True` may see it")
+            raise PeekError(f"output length of request {request}: only a policy that sets `oracle = True` may see it")
         return self._ledger.output_tokens(request)
 
     # -- memory -------------------------------------------------------------------------------------------------------

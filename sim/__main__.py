@@ -29,6 +29,7 @@ from traces.result_files import FIGURES, ResultError, check_target, write_result
 from traces.result_tables import render_per_adapter, render_table
 
 PROFILES = Path(__file__).parent / "profiles"
+MOST_GPUS = 4096
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b")
 
 
@@ -99,8 +100,8 @@ def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict
 
 def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
     """The simulator's configuration. Raises ValueError with the offending value."""
-    if args.gpus < 1 or args.page_tokens < 1:
-        raise ValueError("--gpus and --page-tokens must be at least 1")
+    if not 1 <= args.gpus <= MOST_GPUS or args.page_tokens < 1:
+        raise ValueError(f"--gpus {args.gpus} must be 1 to {MOST_GPUS}, --page-tokens {args.page_tokens} at least 1")
     if args.memory_share > 1:
         raise ValueError(f"--memory-share {args.memory_share} is above 1")
     if args.operator not in (None, "none"):
@@ -168,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
         return importlib.import_module(f"sim.{words[0]}").main(words[1:])
-    parser = build_parser()
+    try:
+        parser = build_parser()
+    except PolicyError as error:  # a plug-in that is no policy, even if nobody asked for it
+        print(f"python -m sim: error: {error}", file=sys.stderr)
+        return 2
     args = parser.parse_args(arguments)
     try:
         run(args)

@@ -105,9 +105,9 @@ def test_files_and_functions_are_short():
 def public(tree: ast.Module):
     """Public classes and functions; `main` and `build_parser` of a command are explained by its module."""
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if not node.name.startswith("_") and node.name not in ("main", "build_parser"):
-                yield node
+        named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        if named and not node.name.startswith("_") and node.name not in ("main", "build_parser"):
+            yield node
 
 
 def test_everything_public_says_what_it_does():
