@@ -1,6 +1,6 @@
-"""`python -m analysis compare DIR...` and `python -m analysis figures --in DIR --out DIR`: results, from files alone.
+"""`python -m analysis compare|figures|report`: results side by side, as figures, and as one page; from files alone.
 
-Tables to stdout, paths of what was drawn to stderr. Exit codes: 0, 2 (bad input).
+Tables to stdout, paths of what was written to stderr. Exit codes: 0, 2 (bad input).
 """
 
 from __future__ import annotations
@@ -10,50 +10,66 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.compare import comparison, labels
-from traces.result_files import FIGURES, ResultError, read_results
+from analysis.compare import comparison
+from analysis.draw import FIGURES as DRAWN
+from analysis.draw import check_names, draw
+from traces.result_files import FIGURES, ResultError
 from traces.suggest import SuggestingParser
+
+INPUTS = "directories that --output wrote, FILE.jsonl of a sweep, FILE.json of a search for capacity, FILE.csv of operators"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = SuggestingParser("python -m analysis", description="Compare results that --output wrote.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|figures")
+    parser = SuggestingParser("python -m analysis", description="Compare results, draw them, and write a report.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|figures|report")
     compare = commands.add_parser("compare", help="print the policies of one or several results side by side")
     compare.add_argument("directories", nargs="+", metavar="DIR", help="a directory that --output wrote")
     compare.add_argument("--per-adapter", action="store_true", help="a table of the adapters of each policy as well")
     compare.add_argument("--plot", action="store_true", help=f"draw them too, into --out (default: DIR/{FIGURES})")
     compare.add_argument("--out", metavar="DIR", help="where --plot draws; needed when several results are compared")
     figures = commands.add_parser("figures", help="draw PNG, SVG and CSV")
-    figures.add_argument("--in", dest="directories", nargs="+", required=True, metavar="DIR", help="results")
+    figures.add_argument("--in", dest="inputs", nargs="+", required=True, metavar="PATH", help=INPUTS)
     figures.add_argument("--out", required=True, metavar="DIR", help="where the figures go; made where it is absent")
+    figures.add_argument("--only", metavar="NAME,...", help=f"some of {', '.join(DRAWN)} (default: all the inputs allow)")
+    report = commands.add_parser("report", help="write one self-contained HTML page")
+    report.add_argument("inputs", nargs="+", metavar="PATH", help=INPUTS)
+    report.add_argument("--output", required=True, metavar="FILE.html", help="the page; replaced where it is there")
+    report.add_argument("--title", help="the question it answers (default: made from the inputs)")
     return parser
 
 
-def draw(directories: Sequence[str], out: str | Path) -> None:
-    """Draw every figure of the results and say on stderr where they are."""
-    from analysis.figures import policies
+def say(drawn: dict[str, list[Path]]) -> None:
+    """What was written, on stderr."""
+    for paths in drawn.values():
+        for path in paths:
+            print(f"wrote {path}", file=sys.stderr)
 
-    names = labels(directories)
-    results = {names[place, result.policy]: result for place in directories for result in read_results(place)}
-    for path in policies(results, out):
-        print(f"wrote {path}", file=sys.stderr)
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """One command. Raises ResultError or OSError."""
+    if args.command == "figures":
+        say(draw(args.inputs, args.out, check_names(args.only)))
+        return
+    if args.command == "report":
+        from analysis.report import write_report
+
+        print(f"wrote {write_report(args.inputs, args.output, args.title)}", file=sys.stderr)
+        return
+    directories = list(dict.fromkeys(args.directories))
+    if args.out and not args.plot:
+        parser.error("--out says where --plot draws; add --plot")
+    if args.plot and len(directories) > 1 and not args.out:
+        parser.error("--plot with several directories needs --out DIR")
+    print(comparison(directories, args.per_adapter), end="")
+    if args.plot:
+        say(draw(directories, args.out or Path(directories[0]) / FIGURES, ["policies"]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
-    directories = list(dict.fromkeys(args.directories))
     try:
-        if args.command == "figures":
-            draw(directories, args.out)
-            return 0
-        if args.out and not args.plot:
-            parser.error("--out says where --plot draws; add --plot")
-        if args.plot and len(directories) > 1 and not args.out:
-            parser.error("--plot with several directories needs --out DIR")
-        print(comparison(directories, args.per_adapter), end="")
-        if args.plot:
-            draw(directories, args.out or Path(directories[0]) / FIGURES)
+        run(args, parser)
     except (ResultError, OSError) as error:
         parser.error(str(error))
     return 0
