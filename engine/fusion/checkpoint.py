@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 STATE = "state"
+
+
+class OutOfTime(Exception):
+    """The time that was given is used up. All that was done is on the disk; the same command goes on from there."""
+
+
+def stop_if_late(deadline: float | None) -> None:
+    """Raise OutOfTime where `deadline` (of time.monotonic) has passed. Called right after a checkpoint."""
+    if deadline is not None and time.monotonic() > deadline:
+        raise OutOfTime
 
 
 def replace_text(path: Path, text: str) -> None:

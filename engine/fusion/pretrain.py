@@ -50,7 +50,7 @@ class Size:
 
 SIZES = {
     "seconds": Size(48, 3, 64, 2, 4, 60, 16, 400, 2e-3, 20),
-    "small": Size(128, 4, 128, 4, 4, 1500, 32, 6000, 1e-3, 100),
+    "small": Size(128, 4, 128, 4, 4, 800, 32, 6000, 1e-3, 100),
     "full": Size(256, 6, 384, 8, 6, 6000, 128, 40000, 6e-4, 500),
 }
 
@@ -96,7 +96,7 @@ def build_model(size: Size, vocabulary: int, seed: int):
 
 
 def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: str, seed: int = 0, jobs: int = 1,
-             log: Callable[[str], None] = lambda line: None) -> Path:
+             deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> Path:
     """Train and write the checkpoint directory `folder`, or go on where a killed run left off; `folder` if it is there.
 
     texts: what the domains say, so that the tokenizer has their words (the weights have not learnt them).
@@ -111,7 +111,8 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     log(f"pretrain: {len(drawings)} plain drawings in {time.monotonic() - started:.1f} s")
     tokenizer = build_tokenizer([*texts, *(f"{d.question} {d.answer}" for d in drawings)])
     model = build_model(size, len(tokenizer), seed).to(device)
-    _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed, log)
+    _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed,
+           deadline, log)
     unfinished = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to("cpu").save_pretrained(unfinished)
@@ -134,7 +135,8 @@ def _drawn(numbers: range, seed: int) -> list[Drawing]:
     return [PLAIN[i % len(PLAIN)](np.random.default_rng([seed, i])) for i in numbers]
 
 
-def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: Path, seed: int, log) -> None:
+def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: Path, seed: int,
+           deadline: float | None, log) -> None:
     device = model.lm_head.weight.device
     pixels, owners = _pixels(drawings)
     pixels = pixels.to(device)
@@ -167,6 +169,7 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
             log(f"pretrain: step {step + 1}/{size.steps}, loss {loss:.3f}")
             tensors = checkpoint.training_tensors(parameters, optimizer)
             checkpoint.save(path, tensors, {"step": step + 1, "loss": loss})
+            checkpoint.stop_if_late(deadline)
     model.eval()
 
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy, linear
 from engine.fusion.checkpoint import replace_text
 from engine.fusion.domains import Domain
 from engine.fusion.metrics import Box
-from engine.fusion.workbench import NO_OBJECT
 from engine.fusion.wording import QUERIES
+from engine.fusion.workbench import NO_OBJECT
 from engine.heads import FILE
 
 NAMES_FILE = "vision_head.json"
@@ -109,10 +109,11 @@ class Head(nn.Module):
         result = []
         for scored, named, corners in zip(scores, kinds, corners_of(boxes).tolist(), strict=True):
             rows = [self.rows[kind] for kind in named]
-            result.append([
+            boxes_here = [
                 Box(row.removeprefix(f"{domain.name}/"), *box, score)
                 for row, box, score in zip(rows, corners, scored, strict=True) if row.startswith(f"{domain.name}/")
-            ])  # fmt: skip
+            ]  # fmt: skip
+            result.append(sorted(boxes_here, key=lambda box: -box.score))
         return result
 
 

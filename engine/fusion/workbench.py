@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass
 class Workbench:
-    """model: frozen. peft: the same with one LoRA adapter in place. wording: its prompts. samples: by (domain, split)."""
+    """model: frozen. peft: the same with one LoRA adapter in place. wording: its prompts. deadline: on time.monotonic."""
 
     model: Model
     wording: Wording
@@ -60,6 +60,7 @@ class Workbench:
     rank: int
     domains: tuple[Domain, ...]
     log: Callable[[str], None]
+    deadline: float | None = None
     _samples: dict[tuple[str, str], Sample] = field(default_factory=dict)
     _feature_bytes: int = 0
 
@@ -133,9 +134,9 @@ class Workbench:
                 seen.append(Box(box.label, x1, y1, x2, y2))
         return tuple(seen)
 
-    # -- running -------------------------------------------------------------------------------------------------------
+    # -- running --
     def hidden(self, sample: Sample, index: Sequence[int], packed: Packed, cache=None) -> torch.Tensor:
-        """Last hidden states [batch, length of ids, hidden] at the positions of `packed.ids`, images and lead before them."""
+        """Last hidden states [batch, length of ids, hidden] at the positions of `packed.ids`, after lead and images."""
         features = sample.features[torch.as_tensor(index, device=sample.features.device)].to(self.device)
         language = self.model.hf.model.language_model
         ids = packed.ids.to(self.device)
@@ -165,7 +166,8 @@ class Workbench:
 
 
 def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: int, alpha: float, dropout: float,
-                   device: str, log: Callable[[str], None] = lambda line: None) -> Workbench:
+                   device: str, deadline: float | None = None,
+                   log: Callable[[str], None] = lambda line: None) -> Workbench:
     """The checkpoint in `directory` (bf16 on a GPU, float32 on a CPU) with an empty LoRA adapter. ModelError if unfit."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
@@ -181,7 +183,7 @@ def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: 
     with torch.random.fork_rng([]):
         peft = get_peft_model(model.hf, config)
     wording = Wording(model.shape.family, tokenizer, model.shape.image_token_id)
-    return Workbench(model, wording, peft, rank, domains, log)
+    return Workbench(model, wording, peft, rank, domains, log, deadline)
 
 
 def digest_of(directory: Path, domains: Sequence[Domain]) -> str:

@@ -1,0 +1,140 @@
+"""The oracle that really trains: what `engine.fusion.search` asks, answered by runs on disk.
+
+Two ways to train a set of domains. *jointly*: one run over all of them, each step the domain that is furthest below its
+floor, stopped once all floors hold; the result depends on the set alone. *in sequence*, the paper's: go on with the adapter
+of the domains before, for a fixed number of steps on the next domain only (or, with `early`, until all floors hold).
+
+A floor counts as held if it is met on the decide split with a margin for chance, so that it also holds on the held-out
+split, which is never looked at here. Every run is named by a hash of all that it depends on: what a killed search had
+trained is found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+
+import torch
+
+from engine.fusion.metrics import Score
+from engine.fusion.search import Attempt
+from engine.fusion.train import Recipe, Result, Task, batch_loss, train
+from engine.fusion.workbench import Workbench
+
+JOINT, SEQUENCE, SEQUENCE_EARLY = "joint", "sequence", "sequence-early"
+ERROR_CHANCE = 0.05
+"""Chance that any one of the floors of a packing, all just held, fails on the held-out split."""
+SIGNAL_BATCH = 64
+
+
+@dataclass
+class Runs:
+    """The folder of all runs of one workbench. digest: of model and data. own: results of the domains' own adapters."""
+
+    bench: Workbench
+    folder: Path
+    recipe: Recipe
+    digest: str
+    own: dict[str, Result] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+
+    def path(self, kind: str, task: Task) -> Path:
+        told = [self.digest, asdict(self.recipe), kind, task.domains, task.trained, task.cap]
+        told += [task.floors and sorted(task.floors.items()), task.start and task.start.name]
+        name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        return self.folder / f"{kind}-{len(task.domains)}-{name}"
+
+    def own_task(self, name: str) -> Task:
+        return Task((name,), (name,), self.recipe.cap(1))
+
+    def own_path(self, name: str) -> Path:
+        return self.path("own", self.own_task(name))
+
+    def train_own(self, name: str) -> Result:
+        """The domain's own adapter, trained for the recipe's steps."""
+        if name not in self.own:
+            self.own[name] = self.run("own", self.own_task(name))
+        return self.own[name]
+
+    def set_floors(self) -> None:
+        """Floors in the metrics' units. Relative ones need the domains' own adapters, which are trained for that."""
+        for domain in self.bench.domains:
+            scale = self.train_own(domain.name).scores[domain.name].value if domain.relative else 1.0
+            self.floors[domain.name] = domain.floor * scale
+
+    def run(self, kind: str, task: Task) -> Result:
+        return train(self.bench, self.path(kind, task), task, self.recipe, self.safe)
+
+    def safe(self, score: Score, name: str) -> float:
+        """The accuracy that the held-out split will show at least, up to ERROR_CHANCE over all domains (Bonferroni)."""
+        z = NormalDist().inv_cdf(1 - ERROR_CHANCE / len(self.bench.domains))
+        held_out = len(self.bench.domain(name).examples["heldout"])
+        return max(0.0, score.value - z * score.stderr * math.sqrt(1 + score.n / held_out))
+
+    def held(self, scores: Mapping[str, Score]) -> frozenset[str]:
+        """Domains whose floor holds. The own adapter of a domain with a relative floor defines it, and holds it."""
+        return frozenset(name for name, score in scores.items() if self.safe(score, name) >= self.floors[name])
+
+
+class TrainingOracle:
+    """`engine.fusion.search.Oracle` over real trainings. kind: JOINT, SEQUENCE or SEQUENCE_EARLY."""
+
+    def __init__(self, runs: Runs, kind: str, domains: tuple[str, ...] | None = None):
+        self.runs, self.kind = runs, kind
+        self.domains = domains or tuple(domain.name for domain in runs.bench.domains)
+        self.ordered = kind != JOINT
+        self._signal: dict[str, torch.Tensor] | None = None
+        self._signal_steps = 0
+
+    def path(self, order: tuple[str, ...]) -> Path:
+        """The folder of the run that `attempt` of this order made."""
+        return self.runs.own_path(order[0]) if len(order) == 1 else self.runs.path(self.kind, self._task(order))
+
+    def _task(self, order: tuple[str, ...]) -> Task:
+        floors = {name: self.runs.floors[name] for name in order}
+        if self.kind == JOINT:
+            return Task(order, order, self.runs.recipe.cap(len(order)), floors)
+        known = floors if self.kind == SEQUENCE_EARLY else None
+        return Task(order, order[-1:], self.runs.recipe.steps, known, self.path(order[:-1]))
+
+    def attempt(self, order: tuple[str, ...]) -> Attempt:
+        """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it."""
+        spent, self._signal_steps = self._signal_steps, 0
+        if len(order) == 1:
+            result = self.runs.train_own(order[0])
+            relative = self.runs.bench.domain(order[0]).relative
+            held = frozenset(order) if relative else self.runs.held(result.scores)
+            spent += 0 if relative else result.steps
+        else:
+            if self.ordered and not self.path(order[:-1]).exists():
+                spent += self.attempt(order[:-1]).steps
+            result = self.runs.run(self.kind, self._task(order))
+            held = self.runs.held(result.scores)
+            spent += result.steps
+        accuracies = {name: score.value for name, score in result.scores.items()}
+        return Attempt(order, accuracies, held, spent)
+
+    def similarity(self, a: str, b: str) -> float:
+        """Cosine of the gradients that one batch of each domain gives a fresh adapter (its B factors), answers decoded.
+
+        The batches are counted as steps of the next attempt.
+        """
+        if self._signal is None:
+            self._signal = {name: self._gradient(name) for name in self.domains}
+            self._signal_steps = len(self.domains)
+        return float(self._signal[a] @ self._signal[b])
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        bench = self.runs.bench
+        bench.reset(self.runs.recipe.seed)
+        bench.peft.eval()
+        factors = [parameter for key, parameter in bench.lora.items() if ".lora_B." in key]
+        size = min(SIGNAL_BATCH, len(bench.sample(name, "train")))
+        gradients = torch.autograd.grad(batch_loss(bench, None, name, range(size)), factors)
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        return (flat / flat.norm().clamp(min=1e-12)).cpu()

@@ -1,0 +1,295 @@
+"""Train one adapter, and its head, on one or several domains; stop early once all floors hold; survive being killed.
+
+Each step takes one batch of one domain: domains take turns by weight, and after each check those further below their floor
+get more turns (the others are replayed). A run lives in a folder: a checkpoint while it lasts, and at its end a PEFT folder
+with its head and `result.json`, whose presence says that it is done. All that is random is drawn from (seed, step), so a run
+killed at any moment and started again gives the same adapter; on a GPU this holds as far as its kernels are deterministic,
+which `repeatable` asks for.
+
+Source of the recipe (LoRA on q, k, v, o; dropout; a head trained with the adapter): VaLoRA (EuroSys 2025).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.fusion import checkpoint
+from engine.fusion.evaluate import evaluate
+from engine.fusion.metrics import Score
+from engine.fusion.task_heads import NAMES_FILE, Head, write_head
+from engine.fusion.wording import QUERIES
+from engine.fusion.workbench import Workbench
+from engine.heads import FILE
+
+RESULT, CHECKPOINT, ADAPTER = "result.json", "training.safetensors", "adapter"
+WARMUP_STEPS = 20
+REPLAY = 0.15
+"""Turns of a domain above its floor, against 1 for the one furthest below."""
+EXTRA_SHARE = 3.0
+"""A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one."""
+MATH_ATTENTION_BELOW = 1024
+"""Hidden sizes that can afford attention in plain matrices, whose gradient is the same each time."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """steps: of one domain. check_every: steps between evaluations of the decide split (and checkpoints).
+
+    patience: a run over several domains ends after so many checks without one more floor held, or the worst one nearer.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    learning_rate: float = 1e-3
+    batch: int = 32
+    steps: int = 300
+    check_every: int = 50
+    patience: int = 4
+    seed: int = 0
+
+    def cap(self, domains: int) -> int:
+        """The most steps of a run over so many domains at once."""
+        return round(self.steps * (EXTRA_SHARE + domains) / (EXTRA_SHARE + 1))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run does. domains: the order they came in; trained: those that give batches. floors: None trains to the cap.
+
+    start: the folder of the run whose adapter and head it goes on from.
+    """
+
+    domains: tuple[str, ...]
+    trained: tuple[str, ...]
+    cap: int
+    floors: Mapping[str, float] | None = None
+    start: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """scores: of every domain on the decide split. steps, seconds: of this run. history: (step, loss, accuracies)."""
+
+    scores: dict[str, Score]
+    steps: int
+    seconds: float
+    history: list = field(default_factory=list)
+
+
+def read_result(folder: Path) -> Result | None:
+    """The result of a finished run, or None."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    told = json.loads(path.read_text(encoding="utf-8"))
+    scores = {name: Score(*values) for name, values in told["scores"].items()}
+    return Result(scores, told["steps"], told["seconds"], told["history"])
+
+
+def load_run(bench: Workbench, folder: Path, domains: Sequence[str], seed: int) -> Head:
+    """Put a run's adapter on the bench; a head for `domains` that knows what the run's head knew."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_peft_weights(str(folder / ADAPTER), device="cpu", use_safetensors=True)
+    set_peft_model_state_dict(bench.peft, weights)
+    head = new_head(bench, domains, seed)
+    path = folder / ADAPTER / FILE
+    if path.exists():
+        rows = json.loads((folder / ADAPTER / NAMES_FILE).read_text(encoding="utf-8"))["rows"]
+        head.copy_rows(rows, load_file(path))
+    return head
+
+
+def new_head(bench: Workbench, domains: Sequence[str], seed: int) -> Head:
+    """An untrained head of these domains, on the bench's device."""
+    return Head([bench.domain(name) for name in domains], bench.model.shape.hidden, seed).to(bench.device)
+
+
+def repeatable(bench: Workbench):
+    """A context in which a small model's training is the same each time."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backends = [SDPBackend.MATH]
+    if bench.device.type == "cuda" and bench.model.shape.hidden >= MATH_ATTENTION_BELOW:
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(backends)
+
+
+def train(bench: Workbench, folder: Path, task: Task, recipe: Recipe, safe) -> Result:
+    """Do the run, or the rest of it, or nothing if it is done. safe(score, domain): the accuracy that can be counted on.
+
+    OutOfTime, after a checkpoint, where the bench's deadline has passed.
+    """
+    done = read_result(folder)
+    if done is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    with repeatable(bench):
+        run = _Run(bench, folder, task, recipe, safe)
+        run.resume()
+        while not run.finished:
+            run.step_on()
+        return run.close()
+
+
+class _Run:
+    """A training under way: the head, the optimizer, and the turns that domains are owed."""
+
+    def __init__(self, bench: Workbench, folder: Path, task: Task, recipe: Recipe, safe):
+        self.bench, self.folder, self.task, self.recipe, self.safe = bench, folder, task, recipe, safe
+        if task.start is not None:
+            self.head = load_run(bench, task.start, task.domains, recipe.seed)
+        else:
+            bench.reset(recipe.seed)
+            self.head = new_head(bench, task.domains, recipe.seed)
+        of_head = {f"head.{name}": p for name, p in self.head.named_parameters() if p.numel()}
+        self.parameters = bench.lora | of_head
+        self.optimizer = checkpoint.optimizer_of(self.parameters, recipe.learning_rate, 0.0)
+        self.state = {
+            "step": 0, "owed": dict.fromkeys(task.trained, 0.0), "weight": dict.fromkeys(task.trained, 1.0),
+            "history": [], "best": [-1, -9.0], "stale": 0, "seconds": 0.0, "stop": False, "scores": {},
+        }  # fmt: skip
+        self.started = time.monotonic()
+        self.recent: list[torch.Tensor] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.state["stop"] or self.state["step"] >= self.task.cap
+
+    def resume(self) -> None:
+        found = checkpoint.load(self.folder / CHECKPOINT)
+        if found is not None:
+            checkpoint.restore(found[0], self.parameters, self.optimizer)
+            self.state = found[1]
+            self.bench.log(f"{self._name()}: goes on at step {self.state['step']}")
+
+    def _name(self) -> str:
+        return f"{self.folder.name} [{', '.join(self.task.domains)}]"
+
+    def step_on(self) -> None:
+        """One optimizer step, and at times a check."""
+        state, recipe = self.state, self.recipe
+        step = state["step"]
+        name = self._turn()
+        rng = np.random.default_rng([recipe.seed, step])
+        sample = self.bench.sample(name, "train")
+        index = rng.choice(len(sample), min(recipe.batch, len(sample)), replace=False).tolist()
+        warm, left = min(1.0, (step + 1) / WARMUP_STEPS), 1 - 0.9 * step / self.task.cap
+        self.optimizer.param_groups[0]["lr"] = recipe.learning_rate * warm * left
+        devices = [self.bench.device] if self.bench.device.type == "cuda" else []
+        self.bench.peft.train()
+        with torch.random.fork_rng(devices):  # dropout draws from the global generator; this leaves it as it was
+            torch.manual_seed(int(rng.integers(1 << 62)))
+            loss = batch_loss(self.bench, self.head, name, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.recent.append(loss.detach())
+        state["step"] = step + 1
+        if state["step"] % recipe.check_every == 0 and not self.finished:
+            self._check()
+            self._save()
+
+    def _turn(self) -> str:
+        """Whose turn it is: the domain that is owed most, the first of equals."""
+        owed, weight = self.state["owed"], self.state["weight"]
+        total = sum(weight.values())
+        for name in owed:
+            owed[name] += weight[name] / total
+        chosen = max(owed, key=lambda name: owed[name])
+        owed[chosen] -= 1
+        return chosen
+
+    def _check(self) -> None:
+        """Evaluate; turn the weights to where accuracy is missing; stop when all is well, or nothing improves."""
+        if self.task.floors is None:
+            self._note({})
+            return
+        scores = {name: evaluate(self.bench, name, "decide", self.head) for name in self.task.domains}
+        self._note(scores)
+        short = {}
+        for name, score in scores.items():
+            floor = self.task.floors[name]
+            short[name] = (floor - self.safe(score, name)) / max(floor, 1e-9)
+        held, worst = sum(gap <= 0 for gap in short.values()), max(short.values())
+        state = self.state
+        if held == len(short):
+            state["stop"] = True
+        elif held > state["best"][0] or -worst > state["best"][1] + 0.01:
+            state["best"], state["stale"] = [max(held, state["best"][0]), max(-worst, state["best"][1])], 0
+        else:
+            state["stale"] += 1
+            state["stop"] = state["stale"] >= self.recipe.patience
+        for name in self.task.trained:
+            state["weight"][name] = max(REPLAY, min(1.0, short[name] / worst)) if worst > 0 else REPLAY
+
+    def _note(self, scores: Mapping[str, Score]) -> None:
+        loss = float(torch.stack(self.recent).mean()) if self.recent else float("nan")
+        self.recent = []
+        accuracies = {name: round(score.value, 4) for name, score in scores.items()}
+        self.state["history"].append([self.state["step"], loss, accuracies])
+        self.state["scores"] = {name: list(score) for name, score in scores.items()}
+        told = " ".join(f"{name} {value:.3f}" for name, value in accuracies.items())
+        self.bench.log(f"{self._name()}: step {self.state['step']}/{self.task.cap}, loss {loss:.3f} {told}")
+
+    def _save(self) -> None:
+        now = time.monotonic()
+        self.state["seconds"] += now - self.started
+        self.started = now
+        tensors = checkpoint.training_tensors(self.parameters, self.optimizer)
+        checkpoint.save(self.folder / CHECKPOINT, tensors, self.state)
+        checkpoint.stop_if_late(self.bench.deadline)
+
+    def close(self) -> Result:
+        """Evaluate unless just done, write adapter, head and result, in this order, and drop the checkpoint."""
+        state = self.state
+        if not state["stop"]:
+            self._note({name: evaluate(self.bench, name, "decide", self.head) for name in self.task.domains})
+        unfinished, target = self.folder / f".{ADAPTER}.partial", self.folder / ADAPTER
+        shutil.rmtree(unfinished, ignore_errors=True)
+        self.bench.peft.save_pretrained(str(unfinished), safe_serialization=True)
+        if self.head.rows:
+            domains = [self.bench.domain(name) for name in self.task.domains]
+            write_head(unfinished, self.head, domains, self.bench.wording.query_ids)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(unfinished, target)
+        seconds = state["seconds"] + time.monotonic() - self.started
+        told = {"domains": self.task.domains, "steps": state["step"], "seconds": round(seconds, 3),
+                "scores": state["scores"], "history": state["history"], "recipe": asdict(self.recipe)}  # fmt: skip
+        checkpoint.replace_text(self.folder / RESULT, json.dumps(told, indent=1) + "\n")
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        result = read_result(self.folder)
+        assert result is not None
+        return result
+
+
+def batch_loss(bench: Workbench, head: Head | None, name: str, index: Sequence[int]) -> torch.Tensor:
+    """The loss of a batch of one domain's training split: of the head where the domain has one, else of the answer."""
+    sample = bench.sample(name, "train")
+    domain = sample.domain
+    if head is None or not domain.head:
+        packed = bench.wording.pack([(sample.plain[i], sample.answers[i]) for i in index])
+        hidden = bench.hidden(sample, index, packed)
+        rows, columns, targets = (t.to(bench.device) for t in (packed.rows, packed.columns, packed.targets))
+        return torch.nn.functional.cross_entropy(bench.model.hf.lm_head(hidden[rows, columns]).float(), targets)
+    tails = sample.queried if domain.boxed else sample.plain
+    packed = bench.wording.pack([(tails[i], []) for i in index])
+    hidden = bench.hidden(sample, index, packed)
+    rows = torch.arange(len(index), device=bench.device)
+    last = packed.last.to(bench.device)
+    if not domain.boxed:
+        return head.class_loss(hidden[rows, last], domain, [sample.labels[i] for i in index])
+    columns = last[:, None] + torch.arange(1 - QUERIES, 1, device=bench.device)
+    return head.box_loss(hidden[rows[:, None], columns], domain, [sample.boxes[i] for i in index])
