@@ -1,4 +1,4 @@
-"""`python -m engine replay | generate | make-adapters`: serve a trace, answer one prompt, write random adapters.
+"""`python -m engine replay | generate | make-adapters | fuse`: serve a trace, answer one prompt, make or train adapters.
 
 Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 2 (bad input; one line that says where and what
 to do), 3 (an invariant was broken: a bug, not bad input), 130 (interrupted; what had finished was written).
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from engine.fusion.__main__ import add_arguments as add_fuse_arguments
 from engine.options import add_generate_arguments, add_make_adapters_arguments, add_replay_arguments
 from policies import PolicyError, known_policies
 from policies.invariants import InvariantError
@@ -25,6 +26,8 @@ def build_parser() -> SuggestingParser:
     add_generate_arguments(commands.add_parser("generate", help="answer one prompt", description="Answer one prompt."))
     add_make_adapters_arguments(commands.add_parser("make-adapters", help="write random adapters in PEFT's format",
                                 description="Write random adapters in PEFT's format."))  # fmt: skip
+    add_fuse_arguments(commands.add_parser("fuse", help="pack domains into the fewest adapters", description=(
+        "Train the fewest LoRA adapters that keep each domain above its accuracy floor.")))  # fmt: skip
     return parser
 
 
@@ -38,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
         from engine.generate import generate
 
         return generate(args)
+    if args.command == "fuse":
+        from engine.fusion.__main__ import run as fuse
+
+        return fuse(args)
     from engine.generate import make_adapters
 
     return make_adapters(args)

@@ -48,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the parsed arguments say; the exit code. Bad input raises an error of this package."""
+    """Do what the parsed arguments say; the exit code. Bad input raises a ValueError of this package or of the engine's."""
     import torch
 
+    from engine.fusion.checkpoint import OutOfTime, replace_text
     from engine.fusion.fuse import check_output
     from engine.fusion.report import draw, render
 
@@ -65,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {line}", file=sys.stderr, flush=True)
 
     deadline = began + args.stop_after if args.stop_after is not None else None
-    report = _report(args, output, device, deadline, log)
-    from engine.fusion.checkpoint import replace_text
-
+    try:
+        report = _report(args, output, device, deadline, log)
+    except OutOfTime:
+        log("the time is up; run the same command again to go on")
+        return EXIT_TIME
     text = render(report)
     replace_text(output / "report.txt", text)
     draw(report, output / "fused.png")
@@ -113,20 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = SuggestingParser("python -m engine fuse", description=__doc__.split("\n", maxsplit=1)[0])
     add_arguments(parser)
     args = parser.parse_args(argv)
-    from engine.fusion.checkpoint import OutOfTime
-    from engine.fusion.domains import DomainError
-    from engine.fusion.metrics import MetricError
-    from engine.fusion.search import FloorError
-    from engine.models import ModelError
-
     try:
         return run(args)
-    except (DomainError, FloorError, MetricError, ModelError) as error:
-        print(f"python -m engine fuse: error: {error}", file=sys.stderr)
-        return 2
-    except OutOfTime:
-        print("python -m engine fuse: the time is up; run the same command again to go on", file=sys.stderr)
-        return EXIT_TIME
+    except (ValueError, OSError) as error:  # every error of bad input is a ValueError
+        return parser.error(str(error))
 
 
 if __name__ == "__main__":
