@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from engine.lora import Lora
-from engine.peft_format import AdapterError, AdapterWeights
-from kernels.batch import RANK_ALIGN, LoraPool
+from engine.peft_format import AdapterWeights
+from kernels.batch import RANK_ALIGN, Projection
 
 
 @dataclass(frozen=True)
@@ -33,33 +33,35 @@ class HostAdapter:
         return self.data.nbytes
 
 
-def _pieces(pool: LoraPool, rank: int) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(projection, half, shape) in the order in which a HostAdapter's data holds them."""
+Pieces = list[tuple[str, str, tuple[int, ...]]]
+"""(projection, half, shape) in the order in which a HostAdapter's data holds them."""
+
+
+def _pieces(projections: dict[str, Projection], layers: int, rank: int) -> Pieces:
     padded = -(-rank // RANK_ALIGN) * RANK_ALIGN
-    sizes = []
-    for name, p in pool.projections.items():
-        sizes += [(name, "a", (pool.layers, p.slices, padded, p.d_in)), (name, "b", (pool.layers, padded, p.d_out))]
+    sizes: Pieces = []
+    for name, p in projections.items():
+        sizes += [(name, "a", (layers, p.slices, padded, p.d_in)), (name, "b", (layers, padded, p.d_out))]
     return sizes
 
 
-def _parted(data: torch.Tensor, pool: LoraPool, rank: int) -> list[tuple[str, str, torch.Tensor]]:
+def _parted(data: torch.Tensor, pieces: Pieces) -> list[tuple[str, str, torch.Tensor]]:
     done, views = 0, []
-    for name, half, size in _pieces(pool, rank):
+    for name, half, size in pieces:
         count = torch.Size(size).numel()
         views.append((name, half, data[done : done + count].view(size)))
         done += count
     return views
 
 
-def packed(weights: AdapterWeights, pool: LoraPool) -> HostAdapter:
-    """The host copy of an adapter for this pool, zeros where it has no factors; pinned if the pool lies on a GPU."""
-    numel = sum(torch.Size(size).numel() for _, _, size in _pieces(pool, weights.rank))
-    data = torch.zeros(numel, dtype=pool.dtype, pin_memory=pool.device.type == "cuda")
-    parts = {(name, half): view for name, half, view in _parted(data, pool, weights.rank)}
+def packed(weights: AdapterWeights, projections: dict[str, Projection], layers: int, dtype: torch.dtype, *,
+           pinned: bool) -> HostAdapter:
+    """The host copy of an adapter for a pool of these projections, zeros where it has no factors."""
+    pieces = _pieces(projections, layers, weights.rank)
+    data = torch.zeros(sum(torch.Size(size).numel() for _, _, size in pieces), dtype=dtype, pin_memory=pinned)
+    parts = {(name, half): view for name, half, view in _parted(data, pieces)}
     for (layer, projection, number), (a, b) in weights.factors.items():
-        if projection not in pool.projections:
-            raise AdapterError(f"adapter {weights.name}: {projection} is not among {', '.join(pool.projections)}")
-        widths = pool.projections[projection].widths
+        widths = projections[projection].widths
         start = sum(widths[:number])
         parts[projection, "a"][layer, number, : weights.rank] = a
         parts[projection, "b"][layer, : weights.rank, start : start + widths[number]] = b.T
@@ -123,7 +125,7 @@ class Loader:
 
     def _scatter(self, data: torch.Tensor, rank: int, rows: slice) -> None:
         pool = self._lora.pool
-        for name, half, view in _parted(data, pool, rank):
+        for name, half, view in _parted(data, _pieces(pool.projections, pool.layers, rank)):
             if half == "a":
                 pool.a[name][:, :, rows].copy_(view)
             else:

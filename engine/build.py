@@ -42,21 +42,27 @@ ADAPTER_STREAM = 5
 
 @dataclass
 class Adapters:
-    """The adapters of a trace by number: weights on the host and task heads, None for a bad one; reasons by name."""
+    """The adapters of a trace by number: host copies and task heads, None for a bad one; reasons by name."""
 
-    weights: list[AdapterWeights | None]
+    hosts: list[HostAdapter | None]
     heads: list[TaskHead | None]
     reasons: dict[str, str]
 
 
-def find_adapters(adapters: tuple[Adapter, ...], shape: ModelShape, targets: tuple[str, ...], root: str | Path | None,
+def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[str, ...], root: str | Path | None,
                   seed: int) -> Adapters:
     """Adapters by name from folders below `root`, or random ones. A bad one is left out with its reason, alone."""
     found = Adapters([], [], {})
+    shape, pinned = model.shape, model.device.type == "cuda"
+    projections = projections_of(shape, targets)
+
+    def keep(weights: AdapterWeights) -> None:
+        found.hosts.append(packed(weights, projections, shape.layers, model.dtype, pinned=pinned))
+
     for number, adapter in enumerate(adapters):
         if root is None:
             rng = np.random.default_rng([seed, ADAPTER_STREAM, number])
-            found.weights.append(random_adapter(shape, adapter.name, adapter.rank, targets, rng))
+            keep(random_adapter(shape, adapter.name, adapter.rank, targets, rng))
             head = random_head(shape, RANDOM_CLASSES, torch.Generator().manual_seed(seed + number))
             found.heads.append(TaskHead(head["classes.weight"], head["classes.bias"]))
             continue
@@ -65,8 +71,10 @@ def find_adapters(adapters: tuple[Adapter, ...], shape: ModelShape, targets: tup
             head = read_head(folder_of(root, adapter.name), shape)
         except (AdapterError, HeadError) as error:
             found.reasons[adapter.name] = str(error)
-            weights = head = None
-        found.weights.append(weights)
+            found.hosts.append(None)
+            found.heads.append(None)
+            continue
+        keep(weights)
         found.heads.append(head)
     return found
 
@@ -103,9 +111,8 @@ def adapter_bytes_per_rank(shape: ModelShape, targets: tuple[str, ...], dtype: t
 
 
 def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: Adapters, policy: Policy,
-          profile: Profile | None, config: EngineConfig, hosts: list[HostAdapter | None] | None = None) -> Engine:
-    """An engine for one policy. profile: what the policy predicts with; None for one that never does. hosts: the adapters'
-    host copies of an earlier engine on this model, to be used again.
+          profile: Profile | None, config: EngineConfig) -> Engine:
+    """An engine for one policy. profile: what the policy predicts with; None for one that never does.
 
     Raises ModelError where the memory holds no page, LoraError for an unknown operator, ProfileError for a profile without
     what the policy wants to know.
@@ -115,9 +122,7 @@ def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: 
     lora = Lora(
         decoder, adapters, operator, merges=policy.merges, max_tokens=limits.max_batch_tokens, targets=config.targets
     )
-    if hosts is None:
-        hosts = [None if weights is None else packed(weights, lora.pool) for weights in found.weights]
-    loader = Loader(lora, hosts)
+    loader = Loader(lora, found.hosts)
     page_bytes = config.page_tokens * shape.kv_bytes_per_token(model.dtype)
     pages = config.pages or _pages(model, page_bytes, config)
     per_rank = adapter_bytes_per_rank(shape, config.targets, model.dtype)

@@ -101,7 +101,7 @@ def answer(model: Model, prompt: Prompt, args: argparse.Namespace) -> tuple[list
     config = EngineConfig(
         limits=Limits(1, 2048, total), pages=-(-total // 16) + 256, targets=targets, graphs=False, seed=args.seed
     )
-    found = find_adapters(adapters, model.shape, targets, args.adapter_dir, args.seed)
+    found = find_adapters(adapters, model, targets, args.adapter_dir, args.seed)
     if args.head and found.heads == [None]:
         reason = next(iter(found.reasons.values()), "there is no vision_head.safetensors beside it")
         raise AdapterError(f"adapter {args.adapter}: has no task head: {reason}")

@@ -68,6 +68,7 @@ class DecodeGraphs:
         """True if a step of so many decodes in this mode has a graph."""
         return 0 < requests <= self.buckets[-1] and (self._kind(mode), self._bucket(requests)) in self._graphs
 
+    @torch.inference_mode()
     def replay(self, mode: int, merged: int, decodes: Decodes) -> torch.Tensor:
         """Run the next step of `decodes`; int32 tokens [requests] on the device, valid until the next replay."""
         n = len(decodes.sequences)

@@ -106,6 +106,31 @@ class Lora:
 
         return add
 
+    def warm(self, *, mixture: bool) -> None:
+        """Run the operators once on eager batches of many shapes, on made-up rows, so that none is compiled while the clock
+        runs. No adapter may be resident."""
+        if self._op is None or self._op is _reference:
+            return
+        pool = self.pool
+        resident = min(pool.slots, 16)
+        for slot in range(resident):
+            pool.reserve(slot, min(self.rank, pool.rows // resident // RANK_ALIGN * RANK_ALIGN))
+        sizes = [size for size in (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if size <= self.batch.max_tokens]
+        for size in {*sizes, self.batch.max_tokens}:
+            for adapters in sorted({1, min(4, resident), resident}):
+                rows = np.sort(np.arange(size, dtype=np.int32) % adapters)
+                for merged in (-1, adapters - 1) if mixture and adapters > 1 else (-1,):
+                    self.batch.update(rows, merged)
+                    self._warm_once(size, mixture=merged >= 0)
+        for slot in range(resident):
+            pool.release(slot)
+
+    def _warm_once(self, rows: int, *, mixture: bool) -> None:
+        branch = self.bound(self.batch, mixture=mixture)
+        for name, projection in self.pool.projections.items():
+            place = {"dtype": self.pool.dtype, "device": self.pool.device}
+            branch(torch.zeros(rows, projection.d_out, **place), torch.zeros(rows, projection.d_in, **place), (0, name))
+
     @property
     def adds(self) -> bool:
         """False for the operator `none`."""

@@ -207,12 +207,18 @@ class Driver:
         return True
 
     def _write_step(self, plan: Plan, work: Work, steps: int, start_ps: int, enqueued_ps: int) -> None:
-        """One row a lease. Where the time went is known as far as: host, until the first step was on the device; the rest
-        is under linear, the forward pass as a whole."""
-        duration_ps, host_ps = self.last_ps - start_ps, enqueued_ps - start_ps
+        """One row a lease. Where the time went is known as far as: vision and switch by the GPU's clock; host, what is left
+        of the time until the first step was on the device; all else is under linear, the forward pass as a whole."""
+        places = self.runner.places_ps() if self.runner is not None else {}
+        duration_ps = self.last_ps - start_ps
+        vision_ps = min(places.get("vision", 0), duration_ps)
+        switch_ps = min(places.get("switch", 0), duration_ps - vision_ps)
+        host_ps = max(0, min(enqueued_ps - start_ps, duration_ps) - vision_ps - switch_ps)
+        linear_ps = duration_ps - vision_ps - switch_ps - host_ps
         self.journal.step((
             self.journal.server, start_ps, duration_ps, steps, plan.mode, plan.merged, work.decodes, len(work.prefills),
-            work.prefill_tokens, work.images, work.adapters, work.context_tokens, duration_ps - host_ps, 0, 0, 0, host_ps, 0,
+            work.prefill_tokens, work.images, work.adapters, work.context_tokens, linear_ps, 0, vision_ps, 0, host_ps,
+            switch_ps,
         ))  # fmt: skip
 
     # -- faults -----------------------------------------------------------------------------------------------------------

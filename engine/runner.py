@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class Runner:
         self._plan = Plan()
         self._decodes: Decodes | None = None
         self._chunks: list[tuple[Sequence, int]] = []
+        self._places: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
         self._finishing: list[Sequence] = []  # whose prefill ends with the step
 
     # -- requests -------------------------------------------------------------------------------------------------------
@@ -116,7 +118,9 @@ class Runner:
         self._plan, self._chunks, self._finishing, self._decodes = plan, [], [], None
         if not plan.decodes and not plan.prefills:
             return
-        self.lora.fold(plan.merged)
+        self._places.clear()
+        with self._timed("switch"):
+            self.lora.fold(plan.merged)
         for request, tokens in plan.prefills:
             sequence = self.sequences[request]
             if sequence.table is None:
@@ -127,7 +131,10 @@ class Runner:
             self._chunks.append((sequence, tokens))
             if sequence.kv + tokens == sequence.target:
                 self._finishing.append(sequence)
-        self._encode_images([sequence for sequence, _ in self._chunks if sequence.features is None])
+        fresh = [sequence for sequence, _ in self._chunks if sequence.features is None]
+        if any(sequence.prompt.images for sequence in fresh):
+            with self._timed("vision"):
+                self._encode_images(fresh)
         self._decodes = Decodes([self.sequences[request] for request in plan.decodes], self.cache, self.width)
 
     def call_off(self) -> None:
@@ -183,6 +190,22 @@ class Runner:
             if sequence.id not in ledger.entries:
                 self.answers[sequence.id] = Answer(sequence.generated, self._head_says.pop(sequence.id, None))
                 self.drop(sequence.id)
+
+    @contextmanager
+    def _timed(self, place: str):
+        """Note when the GPU begins and ends what is launched inside."""
+        if self.model.device.type != "cuda":
+            yield
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        yield
+        stop.record()
+        self._places[place] = (start, stop)
+
+    def places_ps(self) -> dict[str, int]:
+        """How long the GPU took for the switch and the vision tower of the plan, once its steps are collected."""
+        return {place: round(start.elapsed_time(stop) * 1e9) for place, (start, stop) in self._places.items()}
 
     # -- a step -----------------------------------------------------------------------------------------------------------
     @torch.inference_mode()

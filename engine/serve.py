@@ -54,7 +54,7 @@ def replay(args: argparse.Namespace) -> int:
     config = engine_config(args, model)
     trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
     profile = find_profile(args.profile, model)
-    found = find_adapters(trace.adapters, model.shape, config.targets, args.adapter_dir, args.seed)
+    found = find_adapters(trace.adapters, model, config.targets, args.adapter_dir, args.seed)
     for name, reason in found.reasons.items():
         print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
     print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
@@ -78,14 +78,12 @@ class Session:
     def __init__(self, model: Model, config: EngineConfig, trace: Trace, profile: Profile, found: Adapters):
         self.model, self.config, self.trace, self.profile, self.found = model, config, trace, profile, found
         self._decoder = Decoder(model)
-        self._hosts = None
 
     def run(self, policy: Policy, warmup: int, progress: Progress) -> tuple[RunResult, bool]:
         """(the record of one policy, whether a signal ended it)."""
         model, config = self.model, self.config
         trace = stripped(self.trace, policy)
-        engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config, self._hosts)
-        self._hosts = engine.runner.loader.adapters
+        engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config)
         seconds = warm_up(engine, policy, trace, config, warmup)
         print(f"{policy.name}: warmed up in {seconds:.1f} s, {engine.ledger.pool.pages} KV pages", file=sys.stderr)
         driver = Driver(
@@ -111,6 +109,7 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
         if trace.adapters and (trace.adapter >= 0).any():
             kinds += [BRANCHED, MIXED] if policy.merges else [BRANCHED]
         runner.graphs.capture(tuple(kinds))
+        runner.lora.warm(mixture=policy.merges)
     if requests and len(trace):
         first = trace.take(np.arange(min(requests, len(trace))))
         first = first.with_(arrival_ns=np.zeros(len(first), np.int64))

@@ -88,7 +88,7 @@ def world(model):
         config = EngineConfig(
             limits=Limits(*limits), pages=pages, operator=operator, prefix_cache=prefix_cache, targets=targets, seed=seed
         )
-        found = find_adapters(trace.adapters, built.shape, targets, root, seed)
+        found = find_adapters(trace.adapters, built, targets, root, seed)
         engine = build(built, decoder, trace.adapters, found, policy, made_up_profile(), config)
         clock = MockedClock(engine.cost, engine.runner)
         driver = Driver(
