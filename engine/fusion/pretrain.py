@@ -57,7 +57,7 @@ SIZES = {
 
 def build_tokenizer(texts: Sequence[str]):
     """A word-level tokenizer: the words in `texts`, the numbers 0..99, the query tokens, and last the image token."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = {word for text in texts for word in re.findall(r"[a-z0-9]+|[^\sa-z0-9]", text.lower())}
@@ -66,6 +66,7 @@ def build_tokenizer(texts: Sequence[str]):
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(listed)}, unk_token="<unk>"))
     model.normalizer = normalizers.Lowercase()
     model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", listed.index("<s>"))])
     return PreTrainedTokenizerFast(
         tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
         additional_special_tokens=[IMAGE],

@@ -1,8 +1,8 @@
 """What stands around the images: the prompt of each model family, answers as tokens, and both as padded batches.
 
-A prompt is lead, images, tail; the lead and the images come first in every prompt, so a batch is image features with padding
-on the right only, which causal attention never sees. LLaVA-1.5's and Qwen2-VL's published templates. It knows ids and text,
-not what a domain is.
+A prompt is lead, images, tail, token for token what `engine.generate` makes of the same question; the lead and the images
+come first in every prompt, so a batch is image features with padding on the right only, which causal attention never sees.
+It knows ids and text, not what a domain is.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ from typing import NamedTuple
 import torch
 
 from engine.fusion.metrics import Box
+from engine.generate import FORMS
 
 QUERIES = 8
 """Positions appended for a box head, each of which may answer one box."""
-TEMPLATES = {
-    "llava": ("USER: ", "", "\n{} ASSISTANT:"),
-    "qwen2_vl": ("<|im_start|>user\n<|vision_start|>", "<|vision_end|><|vision_start|>",
-                 "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"),
-}  # fmt: skip
-"""Family -> what stands before the images, between two of them, and after (with the question)."""
+VISION_START = "<|vision_start|>"
 BOXES = re.compile(r"([^\[\];]*)\[\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\]")
 NOTHING = "nothing"
 
@@ -38,15 +34,17 @@ class Packed(NamedTuple):
 
 
 class Wording:
-    """The prompts of one model. family: of TEMPLATES. image_token_id: the id that the query ids lie before."""
+    """The prompts of one model. family: of `engine.generate.FORMS`. image_token_id: the query ids lie before it."""
 
     def __init__(self, family: str, tokenizer, image_token_id: int):
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
-        before, between, self._after = TEMPLATES[family]
-        bos = [int(tokenizer.bos_token_id)] if tokenizer.bos_token_id is not None and family == "llava" else []
-        self.lead = [*bos, *self._ids(before)]
-        self.between = self._ids(between)
+        before, behind, self._around = FORMS[family]
+        opening = self._ids(VISION_START) if before.endswith(VISION_START) else []
+        self._behind = self._ids(behind)
+        first = tokenizer(before.removesuffix(VISION_START), add_special_tokens=True)["input_ids"]
+        self.lead = [*(int(i) for i in first), *opening]
+        self.between = [*self._behind, *opening]
         end = min([i for i in tokenizer.all_special_ids if i > 1000] + [image_token_id])
         self.query_ids = list(range(end - QUERIES, end))
 
@@ -55,7 +53,7 @@ class Wording:
 
     def tail(self, question: str, queries: bool = False) -> list[int]:
         """Ids after the images; with `queries` the positions that a box head reads."""
-        return self._ids(self._after.format(question)) + (self.query_ids if queries else [])
+        return self._behind + self._ids(self._around.format(question)) + (self.query_ids if queries else [])
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with its end."""
