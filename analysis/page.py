@@ -67,8 +67,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; a cell that ends with a star is shown bold without it."""
     parts = ['<div class="wide"><table><thead><tr>', *(f"<th>{escape(name)}</th>" for name in header)]
     parts.append("</tr></thead><tbody>")
-    for row in rows:
-        parts.append("<tr>" + "".join(map(_cell, row)) + "</tr>")
+    parts += ("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return "".join([*parts, "</tbody></table></div>"])
 
 

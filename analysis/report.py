@@ -106,8 +106,8 @@ def _sweep_verdicts(rows: list[dict]) -> list[str]:
     others = ", ".join(f"{policy} at {count}" for policy, count in wins.items() if policy != winner)
     tail = f" ({others})" if others else ""
     return [
-        f"{winner} has the lowest average token latency at {wins[winner]} of {total} points of the sweep{tail}; at {sure} of the "
-        "points the 95\u00a0% intervals of the best two are apart."
+        f"{winner} has the lowest average token latency at {wins[winner]} of {total} points of the sweep{tail}; at {sure} "
+        "of the points the 95\u00a0% intervals of the best two are apart."
     ]
 
 
