@@ -106,8 +106,8 @@ def memory_words(trace: Trace, profile: Profile, args: argparse.Namespace, merge
     mean = sum(sizes) / len(sizes)
     words.append(
         f"An adapter takes {mean / MIB:.0f} MiB on average, as much as the KV of {mean / profile.kv_bytes_per_token:.0f} "
-        f"tokens; the {len(sizes)} of the trace take {sum(sizes) / GIB:.2f} GiB, {100 * sum(sizes) / pool:.1f} % of the pool. "
-        f"Without any KV {int(pool // mean):,} would fit."
+        f"tokens; the {len(sizes)} of the trace take {sum(sizes) / GIB:.2f} GiB, {100 * sum(sizes) / pool:.1f} % of the "
+        f"pool. Without any KV {int(pool // mean):,} would fit."
     )
     for name, size in (("mean", float(tokens.mean())), ("P99", float(np.percentile(tokens, 99)))):
         need = math.ceil(size / args.page_tokens) * page
@@ -171,14 +171,14 @@ def merge_words(trace: Trace, cost: Cost, args: argparse.Namespace) -> list[str]
             steps = math.ceil(2 * switch_us / saved)
             words.append(
                 f"{name}: merge it. With the others in the same batch (mixture) a step's branch takes "
-                f"{found.mixture_us / 1e3:.2f} instead of {found.unmerged_us / 1e3:.2f} ms; in and out is paid back after {steps} steps, "
-                f"{steps * (step_us + found.mixture_us) / 1e6:.2f} s."
+                f"{found.mixture_us / 1e3:.2f} instead of {found.unmerged_us / 1e3:.2f} ms; in and out is paid back after "
+                f"{steps} steps, {steps * (step_us + found.mixture_us) / 1e6:.2f} s."
             )
         elif adapter == mix.order[0]:
             words.append(
                 f"{name}: do not mix it with the others: a step's branch would take {found.mixture_us / 1e3:.2f} instead "
-                f"of {found.unmerged_us / 1e3:.2f} ms. Merge it only while its own requests alone fill the batch; on average "
-                f"they are {found.own:.0f} of {batch}."
+                f"of {found.unmerged_us / 1e3:.2f} ms. Merge it only while its own requests alone fill the batch; on "
+                f"average they are {found.own:.0f} of {batch}."
             )
     if len(mix.order) > 1:
         share = _break_even(cost, mix, batch, rank)
