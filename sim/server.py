@@ -75,6 +75,7 @@ class Server:
     # -- the loop -------------------------------------------------------------------------------------------------------
     def _serve(self):
         env, ledger, policy, cost = self.env, self.ledger, self.policy, self.cost
+        yield Timeout(env, 0)  # what arrives at time 0 comes first, as at any other time
         while True:
             while not ledger.has_work():  # a copy that arrives late wakes it, too
                 yield self._sleep(None)
