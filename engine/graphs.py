@@ -7,6 +7,7 @@ first into one memory pool. It knows buffers and buckets, no ledger.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,9 +133,13 @@ class DecodeGraphs:
             tokens.copy_(decoder.logits(final).argmax(-1))
             self._last_tokens[rows] = tokens
 
+        return Captured(self._record(step), buffer, batch, tokens)
+
+    def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """A graph of `step`, after it ran twice: that compiles and warms up what capture must find ready."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles and warms up what capture must find ready
+        with torch.cuda.stream(stream):
             step()
             step()
         torch.cuda.current_stream().wait_stream(stream)
@@ -143,7 +148,7 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         self._pool = self._pool or graph.pool()
-        return Captured(graph, buffer, batch, tokens)
+        return graph
 
 
 def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:

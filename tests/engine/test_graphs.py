@@ -1,0 +1,57 @@
+"""What graphs are fed: buckets, padding rows, folded slots. Without a GPU a `graph` here is its step, run anew."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from engine.graphs import BRANCHED, MIXED, PLAIN, DecodeGraphs, buckets_up_to  # noqa: E402
+
+
+class Replayed(DecodeGraphs):
+    """Steps instead of graphs; counts how often each kind and bucket ran."""
+
+    def _record(self, step):
+        return SimpleNamespace(replay=step)
+
+    def replay(self, mode, merged, decodes):
+        key = self._kind(mode), self._bucket(len(decodes.sequences))
+        self.ran = getattr(self, "ran", {})
+        self.ran[key] = self.ran.get(key, 0) + 1
+        return super().replay(mode, merged, decodes).clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "kinds"),
+    [
+        ("tiny-qwen2-vl", "base", {PLAIN}),
+        ("tiny-llava", "slora", {BRANCHED}),
+        ("tiny-qwen2-vl", "valora", {PLAIN, BRANCHED, MIXED}),
+    ],
+)
+def test_padded_buckets_give_what_eager_steps_give(world, trace, model, monkeypatch, name, policy, kinds):
+    adapter = np.array([0, 0, 1, 0, -1, 0, 0, 2, 0, 0, 1, 0, 0, -1], np.int32)
+    tokens = model(name)[0].shape.image_tokens
+    requests = trace(14, 3, image_tokens=tokens, output=20, span_ns=3_000_000, adapter=adapter)
+    options = {"theta_s": "0.004"} if policy == "valora" else None
+    expected = world(name, requests, policy, limits=(6, 64, 256), options=options).run()
+    w = world(name, requests, policy, limits=(6, 64, 256), options=options)
+    monkeypatch.setattr(type(w.runner.lora), "capturable", lambda self, *, mixture: True)
+    monkeypatch.setattr(type(w.runner.lora), "refresh", lambda self, batch, *, mixture: None)
+    w.runner.graphs = Replayed(
+        w.decoder, w.runner.cache, w.runner.lora, w.runner.last_tokens, max_batch=6, width=w.runner.width
+    )
+    w.runner.graphs.capture()
+    assert w.run() == expected
+    assert {kind for kind, _ in w.runner.graphs.ran} == kinds
+    assert any(bucket == 4 for _, bucket in w.runner.graphs.ran), "some batch of three was padded"
+
+
+def test_buckets():
+    assert buckets_up_to(1) == [1]
+    assert buckets_up_to(6) == [1, 2, 4, 6]
+    assert buckets_up_to(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert buckets_up_to(100)[-3:] == [80, 96, 100]
