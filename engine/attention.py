@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional
 
-from kernels.attention import paged_decode
+from kernels.attention import paged_decode, splits_for
 
 
 @dataclass
@@ -47,6 +47,18 @@ def attend(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, head
     if layout.chunks:
         out[n:] = _flash_chunks(qkv[n:], k_cache, v_cache, heads, layout, scale)
     return out
+
+
+def warm(k_cache: torch.Tensor, v_cache: torch.Tensor, heads: int, width: int, max_batch: int) -> None:
+    """Compile the decode kernel for every number of splits that batches of up to `max_batch` take. On a GPU."""
+    _, kv_heads, page, d = k_cache.shape
+    sizes = {splits_for(n, kv_heads): n for n in range(max_batch, 0, -1)}
+    for n in sizes.values():
+        qkv = k_cache.new_zeros(n, (heads + 2 * kv_heads) * d)
+        tables = torch.zeros(n, width, dtype=torch.int32, device=k_cache.device)
+        lengths = torch.full((n,), page, dtype=torch.int32, device=k_cache.device)
+        out = k_cache.new_empty(n, heads * d)
+        paged_decode(qkv[:, : heads * d], k_cache, v_cache, tables, lengths, out, d**-0.5)
 
 
 def _flash_chunks(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, heads: int, layout: Layout,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.attention import warm
 from engine.build import Adapters, Engine, build, find_adapters
 from engine.clock import MockedClock, WallClock
 from engine.decoder import Decoder
@@ -110,6 +111,8 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
             kinds += [BRANCHED, MIXED] if policy.merges else [BRANCHED]
         runner.graphs.capture(tuple(kinds))
         runner.lora.warm(mixture=policy.merges)
+        keys, values = runner.cache.keys[0], runner.cache.values[0]
+        warm(keys, values, runner.model.shape.heads, runner.width, config.limits.max_batch)
     if requests and len(trace):
         first = trace.take(np.arange(min(requests, len(trace))))
         first = first.with_(arrival_ns=np.zeros(len(first), np.int64))
@@ -156,6 +159,8 @@ def model_of(args: argparse.Namespace) -> Model:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"--device {device}: torch finds no GPU; leave it out to run on the CPU")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+    if device.startswith("cuda") and dtype == torch.float32:
+        raise ModelError("--dtype float32: the GPU's attention kernels take bfloat16 and float16")
     if device == "cpu" and dtype != torch.float32:
         raise ModelError(f"--dtype {args.dtype}: on a CPU the kernels are interpreted, which is right in float32 only")
     return load_model(args.model, dtype=dtype, device=device, seed=args.seed)

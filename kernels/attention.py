@@ -67,11 +67,14 @@ def _step_group(q, k, v, live, best, total, acc, IEEE: tl.constexpr):
 
 @triton.jit
 def _partial(
-    q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, acc_ptr, sums_ptr, scale, q_stride, table_stride,
+    q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, out_ptr, acc_ptr, sums_ptr, scale, q_stride, table_stride, out_stride,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, IEEE: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """acc float32 [B, HQ, SPLITS, D], not normalised; sums float32 [B, HQ, SPLITS, 2]: (largest score, sum), base 2."""
+    """acc float32 [B, HQ, SPLITS, D], not normalised; sums float32 [B, HQ, SPLITS, 2]: (largest score, sum), base 2.
+
+    With one split the result itself goes to out [B, HQ * D], and neither is written.
+    """
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.program_id(2)
@@ -111,7 +114,14 @@ def _partial(
             else:
                 best, total, acc = _step_group(q, k, v, live, best, total, acc, IEEE)
             start += KEYS
-    if M == 1:
+    if SPLITS == 1:
+        at = out_ptr + request * out_stride + head * GROUP * D
+        if M == 1:
+            tl.store(at + d, (acc / total).to(out_ptr.dtype.element_ty))
+        else:
+            value = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(at + m[:, None] * D + d[None, :], value, mask=(m < GROUP)[:, None])
+    elif M == 1:
         at = (request * HQ + head) * SPLITS + split
         tl.store(acc_ptr + at * D + d, acc)
         tl.store(sums_ptr + at * 2, best)
@@ -155,12 +165,15 @@ def paged_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
     if not requests:
         return
     splits = splits or splits_for(requests, kv_heads)
-    acc = torch.empty(requests, heads, splits, width, dtype=torch.float32, device=q.device)
-    sums = torch.empty(requests, heads, splits, 2, dtype=torch.float32, device=q.device)
+    acc = sums = out
+    if splits > 1:
+        acc = torch.empty(requests, heads, splits, width, dtype=torch.float32, device=q.device)
+        sums = torch.empty(requests, heads, splits, 2, dtype=torch.float32, device=q.device)
     rows = 1 if heads == kv_heads else GROUP_ROWS
     _partial[(requests, kv_heads, splits)](
-        q, k_cache, v_cache, tables, lengths, acc, sums, scale * LOG2_E, q.stride(0), tables.stride(0), HQ=heads,
-        HK=kv_heads, D=width, PAGE=page, M=rows, KEYS=KEYS, SPLITS=splits, IEEE=q.dtype is torch.float32,
+        q, k_cache, v_cache, tables, lengths, out, acc, sums, scale * LOG2_E, q.stride(0), tables.stride(0), out.stride(0),
+        HQ=heads, HK=kv_heads, D=width, PAGE=page, M=rows, KEYS=KEYS, SPLITS=splits, IEEE=q.dtype is torch.float32,
         LOOP=not INTERPRETED, num_warps=4,
     )
-    _combine[(requests, heads)](acc, sums, out, out.stride(0), HQ=heads, D=width, SPLITS=splits, num_warps=1)
+    if splits > 1:
+        _combine[(requests, heads)](acc, sums, out, out.stride(0), HQ=heads, D=width, SPLITS=splits, num_warps=1)
