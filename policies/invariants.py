@@ -81,8 +81,9 @@ def _memory(ledger: Ledger) -> list[str]:
     context = sum(ledger.kv_tokens(entry) for entry in ledger.cohort.members.values())
     if context != ledger.cohort.context:
         wrong.append(f"the cohort counts {ledger.cohort.context} KV tokens, its members have {context}")
-    if ledger.merged >= 0 and ledger.merged not in pool.resident:
-        wrong.append(f"adapter {ledger.merged} is folded in and was evicted")
+    merged = ledger._plan.merged  # what a former plan folded in may have been evicted by now: the weights do not need it
+    if merged >= 0 and merged not in pool.resident:
+        wrong.append(f"the plan runs on adapter {merged}, which was evicted")
     return wrong
 
 

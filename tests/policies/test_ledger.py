@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from policies.faults import call_off, fail
 from policies.invariants import check, snapshot
 from policies.plan import BASE, MERGED, MIXTURE, UNMERGED, Plan, PlanError
 from policies.view import DECODING, PREFILLING, WAITING, Limits
@@ -113,7 +114,7 @@ def spoilt(ledger, plan):
 
 
 class Books(RuleBasedStateMachine):
-    """Requests come, plans run, copies arrive; `asked` is all that was asked for, whatever became of it."""
+    """Requests come and fail, plans run or are called off, copies arrive; `asked` is all that was ever asked for."""
 
     @initialize(pages=st.sampled_from((17, 24, 60)), prefix_cache=st.booleans())
     def begin(self, pages, prefix_cache):
@@ -152,6 +153,18 @@ class Books(RuleBasedStateMachine):
             first_ns = self.now_ns + 1000
             self.now_ns += 1000 * steps
             self.ledger.commit(steps, first_ns, self.now_ns)
+
+    @rule(data=st.data())
+    def call_off(self, data):
+        plan = legal_plan(self.ledger, data.draw)
+        self.ledger.begin(plan, self.now_ns)
+        if plan.decodes or plan.prefills:
+            call_off(self.ledger, self.now_ns)
+
+    @rule(data=st.data())
+    def fail(self, data):
+        if self.ledger.entries:
+            fail(self.ledger, data.draw(st.sampled_from(list(self.ledger.entries))), self.now_ns)
 
     @rule(data=st.data())
     def refuse(self, data):
