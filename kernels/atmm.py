@@ -1,7 +1,7 @@
-"""ATMM, the adaptive-tiling operator: the LoRA branch of many adapters of mixed ranks, in place, tiles from a profiled table.
+"""ATMM, the adaptive-tiling operator: the LoRA branch of many adapters of mixed ranks, in place, tiles from a table.
 
-VaLoRA, EuroSys 2025, section 4.3; built anew for Hopper: rows routed on the device, a K-split shrink whose planes the expand sums
-(deterministic, no atomics, no zero-fill), weights fetched under the previous kernel by dependent launch.
+VaLoRA, EuroSys 2025, section 4.3; built anew for Hopper: rows routed on the device, a K-split shrink whose planes the
+expand sums (deterministic, no atomics, no zero-fill), weights fetched under the previous kernel by dependent launch.
 It resolves a shape to launches once and then only launches; it knows no model, and nothing of how the table was tuned.
 """
 
@@ -10,51 +10,46 @@ from __future__ import annotations
 from kernels.target import INTERPRETED, has_dependent_launch  # isort: skip  (before triton)
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from kernels import branch
 from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
-from kernels.tiles import Shape, Tiling, lookup
+from kernels.launch import Launch, argument
+from kernels.tiles import Shape, Tiling, default, lookup
+
+MAX_PLANS = 4096
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with everything but its tensors resolved."""
+def atmm(
+    y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: Key, *, tiling: Tiling | None = None
+) -> None:
+    """y[t] += scale[j] * (x[t] A_j^T) B_j for every row t with an adapter j; see kernels.batch for the convention.
 
-    kernel: triton.JITFunction
-    grid: tuple[int, int]
-    constants: dict
-    warps: int
-
-    @property
-    def options(self) -> dict:
-        """Triton's launch options."""
-        return {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants["PDL"] else {})
-
-
-def atmm(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: Key, tiling: Tiling | None = None) -> None:
-    """y[t] += scale[j] * (x[t] A_j^T) B_j for every row t of the batch with an adapter j; see kernels.batch for the convention.
-
-    x [>= tokens, d_in], y [>= tokens, d_out]: rows may be strided. No synchronisation, no allocation after the first call of
-    a shape. `tiling` overrides the table. LoraError for a wrong shape, stride, dtype or device.
+    x [>= tokens, d_in], y [>= tokens, d_out]: rows may be strided. No synchronisation; no allocation after the first
+    call of a shape, which must come before a capture. `tiling` overrides the table. LoraError for a wrong shape,
+    stride, dtype or device.
     """
-    a, b, projection = pool.factors(key)
-    if batch.tokens == 0 or batch.adapters == 0:
-        return
-    mixture = batch.merged >= 0
-    shape_key = (key[1], batch.tokens, batch.adapters, batch.rank, mixture, x.stride(0), y.stride(0), y.dtype, tiling)
+    layer, name = key
+    shape_key = (name, batch.tokens, batch.adapters, batch.rank, batch.merged >= 0)
+    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
     plan = batch.plans.get(shape_key)
-    if plan is None:
-        _check(y, x, pool, batch, projection)
-        plan = batch.plans[shape_key] = _plan(y, x, pool, batch, key[1], tiling)
-    plan(y, x, a, b)
+    if plan is None or not 0 <= layer < pool.layers:
+        pool.factors(key)  # raises where there is no such layer or projection
+        _check(y, x, pool=pool, batch=batch, projection=pool.projections[name])
+        if len(batch.plans) >= MAX_PLANS:
+            batch.plans.clear()
+        plan = batch.plans[shape_key] = _plan(y, x, pool=pool, batch=batch, name=name, tiling=tiling)
+    plan(y, x, layer)
 
 
-def _check(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, projection: Projection) -> None:
+def _check(y: torch.Tensor, x: torch.Tensor, *, pool: LoraPool, batch: LoraBatch, projection: Projection) -> None:
     """LoraError unless x and y fit the pool, the batch and the projection."""
+    if batch.pool is not pool:
+        raise LoraError("the batch was built over another pool; build it with LoraBatch(pool, max_tokens)")
     for name, tensor, width in (("x", x, projection.d_in), ("y", y, projection.d_out)):
         if tensor.ndim != 2 or tensor.shape[1] != width or tensor.shape[0] < batch.tokens:
             raise LoraError(f"{name} has shape {tuple(tensor.shape)}, expected (>= {batch.tokens}, {width})")
@@ -66,34 +61,66 @@ def _check(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, p
         raise LoraError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32 without a GPU")
 
 
-def _plan(y, x, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None) -> Callable:
-    """The launches of one shape, as a function of (y, x, a, b)."""
-    projection = pool.projections[name]
+def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None) -> Callable:
+    """The launches of one shape, as a function of (y, x, layer)."""
+    if batch.tokens == 0 or batch.adapters == 0:
+        return lambda y, x, layer: None
+    projection, mixture = pool.projections[name], batch.merged >= 0
     rank = max(16, triton.next_power_of_2(batch.rank))
     shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.adapters)
-    tiling = fitting(tiling or lookup(shape), mixture=batch.merged >= 0)
-    launches = resolve(shape, tiling, pool.dtype, mixture=batch.merged >= 0, strides=(x.stride(0), y.stride(0)))
-    route, perm = batch.routes[tiling.rows], batch.perm
-    if len(launches) == 1:
-        run = _bind(launches[0], ("y", "x", "a", "b", "route", "perm", "pool_rows"))
-        return lambda y, x, a, b: run(y, x, a, b, route, perm, pool.rows)
-    run_shrink = _bind(launches[0], ("x", "a", "v", "route", "perm", "positions", "pool_rows"))
-    run_expand = _bind(launches[1], ("y", "b", "v", "route", "perm", "positions"))
-    positions, expand_route = -(-batch.tokens // 16) * 16, batch.routes[tiling.expand_rows]
-    v = batch.workspace(launches[0].grid[0] * positions * rank)
+    wanted = [tiling] if tiling else [lookup(shape), lookup(shape, meeting=False), default(shape)]
+    strides = (x.stride(0), y.stride(0))
+    tiling, runs = _first_that_fits(wanted, shape, pool, mixture=mixture, strides=strides)
+    a, b = _layers(pool.a[name]), _layers(pool.b[name])
+    route, perm = argument(batch.routes[tiling.rows]), argument(batch.perm)
+    if tiling.form == "one":
+        return lambda y, x, layer: runs[0](argument(y), argument(x), a[layer], b[layer], route, perm, pool.rows)
+    positions, expand_route = -(-batch.tokens // 16) * 16, argument(batch.routes[tiling.expand_rows])
+    planes = tiling.split * projection.slices * (1 + mixture)
+    v = argument(batch.workspace(planes * positions * rank))
+    if tiling.form == "barrier":
+        rest = (v, route, perm, argument(batch.counters[tiling.split]), positions, pool.rows)
+        return lambda y, x, layer: runs[0](argument(y), argument(x), a[layer], b[layer], *rest)
+    run_shrink, run_expand, rows = *runs, pool.rows
 
-    def run_two(y, x, a, b):
-        run_shrink(x, a, v, route, perm, positions, pool.rows)
-        run_expand(y, b, v, expand_route, perm, positions)
+    def run_two(y, x, layer):
+        run_shrink(argument(x), a[layer], v, route, perm, positions, rows)
+        run_expand(argument(y), b[layer], v, expand_route, perm, positions)
 
     return run_two
 
 
+def _first_that_fits(tilings: list[Tiling], shape: Shape, pool: LoraPool, *, mixture: bool, strides: tuple[int, int]):
+    """(tiling, bound launches) of the first tiling that the device can run; OutOfResources of the last if none.
+
+    What was tuned for a neighbour may be too large here, or have more programs than can wait for one another.
+    """
+    for left, tiling in enumerate(tilings, 1 - len(tilings)):
+        chosen = fitting(tiling, mixture=mixture)
+        launches = resolve(shape, chosen, pool.dtype, mixture=mixture, strides=strides)
+        try:
+            return chosen, [launch.bind(pool.device) for launch in launches]
+        except OutOfResources:
+            if not left:
+                raise
+    raise AssertionError("there is always a tiling to try")
+
+
+def _layers(tensor: torch.Tensor) -> list:
+    """One argument a layer of pooled factors, which the pool keeps alive and in place."""
+    if INTERPRETED:
+        return list(tensor)
+    return [tensor.data_ptr() + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]
+
+
 def fitting(tiling: Tiling, *, mixture: bool) -> Tiling:
-    """The tiling, or its two-launch neighbour in mixture mode, whose two branches need that form."""
-    if tiling.form == "two" or not mixture:
+    """The tiling, or its two-launch neighbour: in mixture mode (two branches a row), and for programs that wait for one
+    another in the interpreter, which runs them one after another.
+    """
+    if tiling.form == "two" or not (mixture or (INTERPRETED and tiling.form == "barrier")):
         return tiling
-    return replace(tiling, form="two", split=1, span=1, expand_rows=tiling.rows, expand_warps=tiling.warps)
+    split = tiling.split if tiling.form == "barrier" else 1
+    return replace(tiling, form="two", split=split, span=1, expand_rows=tiling.rows, expand_warps=tiling.warps)
 
 
 def resolve(shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int]) -> list[Launch]:
@@ -101,42 +128,28 @@ def resolve(shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strid
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, d_out = len(shape.widths), sum(shape.widths)
     tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) for rows in (t.rows, t.expand_rows))
-    shared = {"R": shape.rank, "SLICES": slices, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
-    read = {"XS": strides[0], "K": shape.d_in, "BM": t.rows, "BK": t.k_block, "STAGES": t.stages}
-    write = {"YS": strides[1], "D": d_out, "W0": widths[0], "W1": widths[1], "W2": widths[2], "BN": t.n_block}
+    types = dict.fromkeys(("x", "y", "a", "b"), dtype) | dict.fromkeys(("route", "perm", "counters"), torch.int32)
+    types |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
+    sizes = {"K": shape.d_in, "D": d_out, "W0": widths[0], "W1": widths[1], "W2": widths[2], "SLICES": slices}
+    sizes |= {"R": shape.rank, "PASSES": passes, "XS": strides[0], "YS": strides[1]}
+    sizes |= {"PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
+    tile = {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
+
+    def launch(kernel, programs: int, row_tiles: int, warps: int, **own) -> Launch:
+        known = sizes | tile | own
+        constants = {name: known[name] for name in kernel.arg_names if name in known}
+        needed = {name: types[name] for name in kernel.arg_names if name not in known}
+        return Launch(kernel, (programs, row_tiles), constants, needed, warps, kernel is branch.barrier)
+
     if t.form == "one":
-        constants = shared | write | read | {"PARTS": t.span, "STAGES2": t.expand_stages}
-        return [Launch(branch.fused, (t.span, tiles), constants, t.warps)]
-    both = shared | {"PASSES": passes, "SPLIT": t.split}
+        return [launch(branch.fused, t.span, tiles, t.warps, PARTS=t.span, STAGES2=t.expand_stages)]
+    if t.form == "barrier":
+        k_part, n_part = (triton.next_power_of_2(-(-size // t.split)) for size in (shape.d_in, max(widths)))
+        return [launch(branch.barrier, t.split * slices, tiles, t.warps, PARTS=t.split, BK=k_part, BN=n_part)]
+    planes, rank_block = t.split * slices * passes, min(t.rank_block, shape.rank)
     runs = sum(-(-width // (t.n_block * t.span)) for width in widths)
-    write |= {"BM": t.expand_rows, "SPAN": t.span, "STAGES": t.expand_stages}
+    expand = {"BM": t.expand_rows, "SPAN": t.span, "STAGES": t.expand_stages}
     return [
-        Launch(branch.shrink, (t.split * slices * passes, tiles), both | read, t.warps),
-        Launch(branch.expand, (runs, expand_tiles), both | write, t.expand_warps),
+        launch(branch.shrink, planes * (shape.rank // rank_block), tiles, t.warps, BR=rank_block),
+        launch(branch.expand, runs, expand_tiles, t.expand_warps, **expand),
     ]
-
-
-def _bind(launch: Launch, names: tuple[str, ...]) -> Callable:
-    """A function of the kernel's tensors that launches it.
-
-    The first call goes through Triton's own launcher, which compiles; later ones call the compiled kernel with positional
-    arguments, several times cheaper for the host.
-    """
-    if INTERPRETED:
-        return lambda *tensors: launch.kernel[launch.grid](*tensors, **launch.constants)
-    order = launch.kernel.arg_names
-    assert tuple(order[: len(names)]) == names
-    constants = [launch.constants[name] for name in order[len(names) :]]
-    compiled = None
-
-    def run(*tensors):
-        nonlocal compiled
-        if compiled is None:
-            compiled = launch.kernel[launch.grid](*tensors, **launch.constants, **launch.options)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-        compiled.run(
-            *launch.grid, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *tensors, *constants
-        )
-
-    return run

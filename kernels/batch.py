@@ -118,7 +118,7 @@ class LoraPool:
         if fit is None:
             longest = max((length for _, length in self._free), default=0)
             raise LoraError(
-                f"no run of {padded} free rows in a pool of {self.rows} (longest {longest}); release adapters or grow it"
+                f"no run of {padded} free rows in a pool of {self.rows} (longest {longest}); evict or grow"
             )
         first, length = self._free.pop(fit)
         if length > padded:
@@ -168,7 +168,7 @@ class LoraPool:
             for s, (a, b) in enumerate(pairs):
                 if a.shape[1] != p.d_in or tuple(b.shape) != (a.shape[0], p.widths[s]):
                     raise LoraError(
-                        f"{key} slice {s}: A {tuple(a.shape)}, B {tuple(b.shape)} want [r, {p.d_in}], [r, {p.widths[s]}]"
+                        f"{key} {s}: A {tuple(a.shape)}, B {tuple(b.shape)}, not [r, {p.d_in}], [r, {p.widths[s]}]"
                     )
         rows = self.reserve(slot, rank, scale)
         for name in self.projections:
@@ -199,6 +199,7 @@ class LoraBatch:
         self._step = torch.full((2 + max_tokens,), -1, dtype=torch.int32, device=device)
         self._step[0] = 0
         self.state, self.index = self._step[:2], self._step[2:]
+        self.fence = torch.zeros(1, dtype=torch.int32, device=device)
         self.perm = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.routes = {
             rows: torch.zeros(bound, ROUTE_FIELDS, dtype=torch.int32, device=device)
@@ -207,12 +208,15 @@ class LoraBatch:
         }
         self.tokens, self.adapters, self.rank, self.merged = 0, 0, RANK_ALIGN, -1
         self.host_index = np.empty(0, np.int32)
+        # of programs that meet, by how many they are: a count is always a multiple of that between two launches
+        counters = torch.zeros(7, 3 * len(self.routes[TILE_ROWS[0]]), dtype=torch.int32, device=device)
+        self.counters = {2**power: row for power, row in enumerate(counters)}
         self._fixed: tuple[int, int, int] | None = None
         self.plans: dict[tuple, object] = {}  # an operator's resolved launches by shape
         self._workspaces: list[torch.Tensor] = []
 
     def workspace(self, numel: int) -> torch.Tensor:
-        """float32 scratch of at least numel, shared by the operators of one stream, never freed: graphs hold its address."""
+        """float32 scratch of at least numel, for the operators of one stream, never freed: graphs hold its address."""
         if not self._workspaces or self._workspaces[-1].numel() < numel:
             self._workspaces.append(torch.empty(numel, dtype=torch.float32, device=self.pool.device))
         return self._workspaces[-1]
@@ -252,18 +256,22 @@ class LoraBatch:
         """(tokens, adapters, rank) of a valid step; LoraError otherwise."""
         if index.ndim != 1 or len(index) > self.max_tokens:
             raise LoraError(f"index has shape {index.shape}, expected at most ({self.max_tokens},)")
-        if len(index) and (index.min() < -1 or index.max() >= self.pool.slots):
-            row = int(np.flatnonzero((index < -1) | (index >= self.pool.slots))[0])
-            raise LoraError(f"row {row} asks for slot {index[row]}, outside -1..{self.pool.slots - 1}")
         if not -1 <= merged < self.pool.slots:
             raise LoraError(f"merged slot {merged} is outside -1..{self.pool.slots - 1}")
-        counts = np.bincount(index + 1, minlength=self.pool.slots + 1)
+        try:
+            counts = np.bincount(index + 1, minlength=self.pool.slots + 1)
+        except ValueError:  # one pass says whether any is negative
+            counts = ()
+        if len(counts) != self.pool.slots + 1:
+            row = int(np.flatnonzero((index < -1) | (index >= self.pool.slots))[0])
+            raise LoraError(f"row {row} asks for slot {index[row]}, outside -1..{self.pool.slots - 1}")
         used = np.flatnonzero(counts[1:]).tolist()
-        for slot in [*used, merged] if merged >= 0 else used:
-            if not self.pool.ranks[slot]:
-                raise LoraError(f"slot {slot} holds no adapter; load one with put({slot}, ...) first")
+        ranks = [self.pool.ranks[slot] for slot in ([*used, merged] if merged >= 0 else used)]
+        if not all(ranks):
+            slot = next(slot for slot in (*used, merged) if not self.pool.ranks[slot])
+            raise LoraError(f"slot {slot} holds no adapter; load one with put({slot}, ...) first")
         groups = len(used) if merged < 0 else len([s for s in used if s != merged]) + bool(counts[0])
-        rank = max((self.pool.ranks[s] for s in ([*used, merged] if merged >= 0 else used)), default=RANK_ALIGN)
+        rank = max(ranks, default=RANK_ALIGN)
         shape = (len(index), groups, rank)
         if self._fixed and any(have > room for have, room in zip(shape, self._fixed, strict=True)):
             raise LoraError(f"(tokens, adapters, rank) {shape} exceeds {self._fixed}, for which this batch was fixed")

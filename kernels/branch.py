@@ -1,11 +1,13 @@
-"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for long row tiles.
+"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for long or few rows.
 
-One program of `shrink` and `expand` works on a row tile, rows of one adapter gathered through `perm`; a tile's entry in the route
-list says where its rows, its A and B rows and its scale are, so nothing depends on the host. The kernels know no table and no
-default: every tile size is an argument.
+One program of `shrink` and `expand` works on a row tile, rows of one adapter gathered through `perm`; a tile's entry in
+the route list says where its rows, its A and B rows and its scale are, so nothing depends on the host. The kernels know
+no table and no default: every tile size is an argument.
 
-Weights do not depend on the kernel before, so with dependent launch (PDL) they are read before the wait for it. What `expand` reads
-before its wait (B, y, routes) is complete by then too: `shrink` lets its successor start only after its own wait.
+With dependent launch (PDL) every kernel lets its successor start at once, and the successor reads what no kernel of the
+step writes (factors, routes) before it waits for its predecessor's results; x, y and v are read after the wait. So
+factors and routes must be complete before the step's first launch: `LoraBatch.update` sees to it, for factors loaded
+before it too.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def _dot(a, b, acc, IEEE: tl.constexpr):
 
 @triton.jit
 def _entry(route, tile, M: tl.constexpr):
-    """(first, rows, A/B row offset, rank, scale) of a tile; M: of the merged adapter instead, whose scale is negative."""
+    """(first, rows, A/B row offset, rank, scale) of a tile; M: of the merged adapter, whose scale is negative."""
     at = route + tile * 8
     return (
         tl.load(at),
@@ -68,15 +70,19 @@ def _entry(route, tile, M: tl.constexpr):
 def shrink(
     x, a, v, route, perm, positions, pool_rows,
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """v[split, pass x slice, position, R] = scale * x[perm[position], K / SPLIT columns] A^T, float32, one plane a split.
+    """v[split, pass x slice, position, R] = scale * x[perm[position], K / SPLIT columns] A^T in float32.
 
-    Grid (SPLIT * SLICES * PASSES, tiles). a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane.
+    Grid (SPLIT * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of SPLIT parts of d_in.
+    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane.
     """
-    pid = tl.program_id(0)
-    plane = pid // SPLIT
-    part = pid % SPLIT
+    if PDL:
+        _trigger()
+    part = tl.program_id(0) % SPLIT
+    plane = tl.program_id(0) // SPLIT // (R // BR)
+    r = tl.program_id(0) // SPLIT % (R // BR) * BR + tl.arange(0, BR)
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
     if M:
@@ -88,7 +94,6 @@ def shrink(
     NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
     EVEN: tl.constexpr = K % (SPLIT * BK) == 0
     m = tl.arange(0, BM)
-    r = tl.arange(0, R)
     k = part * (NK * BK) + tl.arange(0, BK)
     live = m < rows
     a_at = a + ((plane % SLICES) * pool_rows + offset + r).to(tl.int64)[:, None] * K + k[None, :]
@@ -98,11 +103,10 @@ def shrink(
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
         _wait()
-        _trigger()
     if rows == 0:
         return
     x_at = x + token[:, None] * XS + k[None, :]
-    acc = tl.zeros([BM, R], tl.float32)
+    acc = tl.zeros([BM, BR], tl.float32)
     if NK == 1:
         x_tile = tl.load(x_at, mask=live[:, None] if EVEN else live[:, None] & (k < K)[None, :], other=0.0)
         acc = _dot(x_tile, tl.trans(a_tile), acc, IEEE)
@@ -117,13 +121,15 @@ def shrink(
 
 
 @triton.jit
-def _planes(v, plane, position, live, r, rank, positions, R: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr):
+def _planes(
+    v, plane, position, live, r, rank, positions, R: tl.constexpr, PLANES: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
     """Sum over splits of one v tile [BM, R] in float32; columns behind the rank are zero whatever they hold."""
     at = v + (plane.to(tl.int64) * positions + position)[:, None] * R + r[None, :]
     mask = live[:, None] & (r < rank)[None, :]
-    total = tl.load(at, mask=mask, other=0.0)
+    total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for s in tl.static_range(1, SPLIT):
-        total += tl.load(at + s * PLANES * positions * R, mask=mask, other=0.0)
+        total += tl.load(at + s * PLANES * positions * R, mask=mask, other=0.0, cache_modifier=".cg")
     return _pin(total)
 
 
@@ -143,10 +149,15 @@ def _slice(pid, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, STEP: tl.c
 def expand(
     y, b, v, route, perm, positions,
     YS: tl.constexpr, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, R: tl.constexpr,
-    SLICES: tl.constexpr, PASSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    SLICES: tl.constexpr, PASSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """y[perm[position], columns] += sum over splits of v B. Grid (runs of SPAN * BN columns, tiles); b [rows, D] of one layer."""
+    """y[perm[position], columns] += (sum over splits of v) B. Grid (runs of SPAN * BN columns, tiles).
+
+    b [pool rows, D] of one layer.
+    """
+    if PDL:
+        _trigger()
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, _ = _entry(route, tl.program_id(1), 0)
     s, column, width, base = _slice(tl.program_id(0), W0, W1, W2, BN * SPAN)
@@ -162,24 +173,27 @@ def expand(
     if M:
         _, _, m_offset, m_rank, _ = _entry(route, tl.program_id(1), 1)
         bm_at = b + (m_offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
-        bm_live = (r < m_rank)[:, None]
+        bm_live = (r < tl.where(rows > 0, m_rank, 0))[:, None]
     if SPAN == 1:
         inside = (n < width)[None, :]
         b_tile = tl.load(b_at, mask=b_live if EVEN else b_live & inside, other=0.0)
-        y_live = live[:, None] if EVEN else live[:, None] & inside
-        y_tile = tl.load(y_at, mask=y_live, other=0.0)
+        if M:
+            bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
     if PDL:
         _wait()
-        _trigger()
     if rows == 0:
         return
-    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, SLICES * PASSES, SPLIT).to(b.dtype.element_ty)
+    if SPAN == 1:
+        y_live = live[:, None] if EVEN else live[:, None] & inside
+        y_tile = tl.load(y_at, mask=y_live, other=0.0)
+    dtype: tl.constexpr = b.dtype.element_ty
+    PLANES: tl.constexpr = SLICES * PASSES
+    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(dtype)
     if M:
-        vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, SLICES * PASSES, SPLIT).to(b.dtype.element_ty)
+        vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(dtype)
     if SPAN == 1:
         acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
         if M:
-            bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
             acc = _dot(vm_tile, bm_tile, acc, IEEE)
         tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=y_live)
     else:
@@ -197,8 +211,10 @@ def expand(
 
 
 @triton.jit
-def _walk(y, b, v_tile, token, live, offset, rank, base, YS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
-          R: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr):  # fmt: skip
+def _walk(
+    y, b, v_tile, token, live, offset, rank, base, YS: tl.constexpr, D: tl.constexpr, W: tl.constexpr,
+    R: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
     """y[token, one slice's columns (this part of PARTS)] += v_tile B."""
     r = tl.arange(0, R)
     NN: tl.constexpr = (W + PARTS * BN - 1) // (PARTS * BN)
@@ -228,6 +244,8 @@ def fused(
 
     Grid (PARTS, tiles): PARTS programs share a tile's columns and repeat its shrink (x then comes from L2).
     """
+    if PDL:
+        _trigger()
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
     m = tl.arange(0, BM)
     r = tl.arange(0, R)
@@ -236,7 +254,6 @@ def fused(
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
         _wait()
-        _trigger()
     if rows == 0:
         return
     NK: tl.constexpr = (K + BK - 1) // BK
@@ -266,3 +283,65 @@ def fused(
     if SLICES > 2:
         v_tile = (acc2 * scale).to(dtype)
         _walk(y, b, v_tile, token, live, offset, rank, W0 + W1, YS, D, W2, R, BN, PARTS, STAGES2, IEEE)
+
+
+@triton.jit
+def barrier(
+    y, x, a, b, v, route, perm, counters, positions, pool_rows,
+    XS: tl.constexpr, YS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
+    W2: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """Both halves for few rows: PARTS programs share a row tile, fetch A and B first, and meet between the halves.
+
+    Grid (PARTS * SLICES, tiles), all of it resident at once. Each program shrinks its part of d_in, adds a plane of v,
+    waits until its fellows have too, and expands its part of the slice's columns. counters int32 [tiles * SLICES] only
+    ever grow, by PARTS a call (a power of two, so that int32 may wrap), and serve this PARTS alone.
+    """
+    if PDL:
+        _trigger()
+    part = tl.program_id(0) % PARTS
+    s = tl.program_id(0) // PARTS
+    first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    KP: tl.constexpr = (K // 8 + PARTS - 1) // PARTS * 8
+    width = tl.where(s == 0, W0, tl.where(s == 1, W1, W2))
+    base = tl.where(s == 0, 0, tl.where(s == 1, W0, W0 + W1))
+    columns = (width // 8 + PARTS - 1) // PARTS * 8
+    m = tl.arange(0, BM)
+    r = tl.arange(0, R)
+    k = tl.arange(0, BK)
+    n = tl.arange(0, BN)
+    live = m < rows
+    r_live = (r < tl.where(rows > 0, rank, 0))[:, None]
+    k_live = (k < tl.minimum(K - part * KP, KP) // 8 * 8)[None, :]
+    n_live = (n < tl.minimum(width - part * columns, columns) // 8 * 8)[None, :]
+    a_at = a + (s * pool_rows + offset + r).to(tl.int64)[:, None] * K + (part * KP + k)[None, :]
+    b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + part * columns + n)[None, :]
+    a_tile = tl.load(a_at, mask=r_live if K == BK * PARTS else r_live & k_live, other=0.0)
+    b_tile = tl.load(b_at, mask=r_live & n_live, other=0.0)
+    token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
+    if PDL:
+        _wait()
+    if rows == 0:
+        return
+    y_at = y + token[:, None] * YS + (base + part * columns + n)[None, :]
+    x_at = x + token[:, None] * XS + (part * KP + k)[None, :]
+    x_tile = tl.load(x_at, mask=live[:, None] if K == BK * PARTS else live[:, None] & k_live, other=0.0)
+    y_tile = tl.load(y_at, mask=live[:, None] & n_live, other=0.0)
+    acc = _dot(x_tile, tl.trans(a_tile), tl.zeros([BM, R], tl.float32), IEEE) * scale
+    v_at = v + (s.to(tl.int64) * positions + first + m)[:, None] * R + r[None, :]
+    tl.store(v_at + part * SLICES * positions * R, acc, mask=live[:, None])
+    _meet(counters + tl.program_id(1) * SLICES + s, PARTS)
+    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, SLICES, PARTS).to(b.dtype.element_ty)
+    acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
+    tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=live[:, None] & n_live)
+
+
+@triton.jit
+def _meet(counter, PARTS: tl.constexpr):
+    """Wait until PARTS programs are here; what each stored before is then visible to all."""
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    target = (tl.atomic_add(counter, 1, sem="release") & -PARTS) + PARTS
+    while tl.atomic_add(counter, 0, sem="acquire") - target < 0:
+        pass
+    tl.debug_barrier()

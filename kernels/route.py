@@ -1,24 +1,27 @@
 """Sorts the rows of a step by adapter and packs them into row tiles, on the device, in one launch.
 
-Order within an adapter is kept (stable), tiles are packed without gaps, and all addresses are fixed, so the launch can be the first
-node of a CUDA graph. It knows slots and rows; it knows nothing of projections or of which kernel reads the tiles.
+Order within an adapter is kept (stable), tiles are packed without gaps, and all addresses are fixed, so the launch can
+be the first node of a CUDA graph. It knows slots and rows, nothing of projections or of which kernel reads the tiles.
 """
 
 from __future__ import annotations
 
 from kernels.target import INTERPRETED  # isort: skip  (before triton: it may choose the interpreter)
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 
 from kernels.batch import ROUTE_FIELDS, TILE_ROWS, LoraBatch
+from kernels.launch import Launch, argument
 
 CHUNK = 16 if INTERPRETED else 1024
 
 
 @triton.jit
 def _group(index, merged, slots):
-    """Group of a row: its slot; `slots` for a base row that owes m's branch (mixture); `slots` + 1 where there is nothing to add."""
+    """Group of a row: its slot; `slots`: a base row that owes m's branch (mixture); `slots` + 1: nothing to add."""
     base = tl.where(merged >= 0, slots, slots + 1)
     group = tl.where((index >= 0) & (index < slots), index, base)
     return tl.where((merged >= 0) & (index == merged), slots + 1, group)
@@ -29,7 +32,7 @@ def _write_tiles(
     route, capacity, counts, bins, group, first, rows, mine, fields, slots,
     BM: tl.constexpr, MOST: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """This group's entries of the route list of tile height BM; the last group clears what lies behind the last tile."""
+    """The group's entries of the route list of tile height BM; the last group clears what lies behind the last tile."""
     tiles = tl.where(bins <= slots, (counts + BM - 1) // BM, 0)
     before = tl.sum(tl.where(bins < group, tiles, 0))
     i = tl.arange(0, MOST)
@@ -47,7 +50,8 @@ def _write_tiles(
 
 @triton.jit
 def route_kernel(
-    state, index, perm, slot_offset, slot_rank, slot_scale, route0, route1, route2, route3, cap0, cap1, cap2, cap3, slots,
+    state, index, perm, slot_offset, slot_rank, slot_scale, route0, route1, route2, route3,
+    cap0: tl.constexpr, cap1: tl.constexpr, cap2: tl.constexpr, cap3: tl.constexpr, slots: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, FIELDS: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
     MOST0: tl.constexpr, MOST1: tl.constexpr, MOST2: tl.constexpr, MOST3: tl.constexpr,
@@ -92,13 +96,30 @@ def route_kernel(
 
 
 def build_routes(batch: LoraBatch) -> None:
-    """Fill batch.perm and batch.routes from batch.index, batch.state and the pool's slot table. One launch, no synchronisation."""
+    """Fill batch.perm and batch.routes from batch.index, batch.state and the pool's slots, without synchronisation.
+
+    One launch and a memset. The memset orders: what follows it, even by dependent launch, may read the routes at once.
+    """
+    launch = batch.plans.get("route")
+    if launch is None:
+        launch = batch.plans["route"] = _launch(batch)
+    launch()
+    batch.fence.zero_()
+
+
+def _launch(batch: LoraBatch) -> Callable:
+    """The route kernel, resolved for one batch."""
+    slots, most_slots = batch.pool.slots, triton.next_power_of_2(batch.pool.slots + 2)
+    constants = {
+        "slots": slots, "CHUNKS": -(-batch.max_tokens // CHUNK), "CHUNK": CHUNK, "FIELDS": ROUTE_FIELDS,
+        "BINS": triton.next_power_of_2(slots + 3),  # one spare bin for lanes behind the last row
+    }  # fmt: skip
+    for i, rows in enumerate(TILE_ROWS):
+        most = max(triton.next_power_of_2(-(-batch.max_tokens // rows)), most_slots)
+        constants |= {f"BM{i}": rows, f"MOST{i}": most, f"cap{i}": len(batch.routes[rows])}
     pool = batch.pool
-    bins = triton.next_power_of_2(pool.slots + 3)  # one spare bin for lanes behind the last row
-    most = [max(triton.next_power_of_2(-(-batch.max_tokens // rows)), triton.next_power_of_2(pool.slots + 2)) for rows in TILE_ROWS]
-    route_kernel[(pool.slots + 2,)](
-        batch.state, batch.index, batch.perm, pool.offset, pool.rank, pool.scale,
-        *(batch.routes[rows] for rows in TILE_ROWS), *(len(batch.routes[rows]) for rows in TILE_ROWS), pool.slots,
-        CHUNKS=-(-batch.max_tokens // CHUNK), CHUNK=CHUNK, BINS=bins, FIELDS=ROUTE_FIELDS,
-        **{f"BM{i}": rows for i, rows in enumerate(TILE_ROWS)}, **{f"MOST{i}": tiles for i, tiles in enumerate(most)},
-    )  # fmt: skip
+    tensors = [batch.state, batch.index, batch.perm, pool.offset, pool.rank, pool.scale, *batch.routes.values()]
+    types = dict(zip(route_kernel.arg_names, (tensor.dtype for tensor in tensors), strict=False))
+    run = Launch(route_kernel, (slots + 2, 1), constants, types).bind(pool.device)
+    arguments = [argument(tensor) for tensor in tensors]
+    return lambda: run(*arguments)

@@ -1,7 +1,8 @@
 """Which tiling an operator call uses: a table tuned per device, and a sound default where there is none.
 
-The key is (projection, rank, tokens, adapters): adapters and rows per adapter decide where the time goes, which no other shipped
-table sees. Lookup is a nearest neighbour in log2 space, remembered, so one dictionary access a call. It knows no kernel.
+The key is (projection, rank, tokens, adapters): adapters and rows per adapter decide where the time goes, and no other
+shipped table sees both. Lookup is a nearest neighbour in log2 space, remembered: one dictionary access a call. It knows
+no kernel.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from kernels.batch import TILE_ROWS, LoraError
 from kernels.target import device_name
 
+FORMS = ("two", "one", "barrier")
 FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -23,9 +25,11 @@ FOLDER = Path(__file__).parent / "tiles"
 class Tiling:
     """One way to run the branch.
 
-    form "two": shrink (rows x rank tiles, k_block columns of x a step, the sum over d_in split into `split` planes), then
-    expand (expand_rows x n_block tiles, `span` of them a program). form "one": both in one program a row tile of `rows`, whose
-    output columns `span` programs share; split and expand_rows are then not used.
+    form "two": shrink (rows x rank_block tiles of v at most, k_block columns of x a step, the sum over d_in split into
+    `split` planes), then expand (expand_rows x n_block tiles, `span` of them a program). form "one": both in one
+    program a row tile of `rows`, whose output columns `span` programs share; split, rank_block, expand_rows and
+    expand_warps are not used. form "barrier": `split` programs a tile of `rows` do a part of both and meet in between;
+    only warps counts of the rest.
     """
 
     form: str = "two"
@@ -39,10 +43,13 @@ class Tiling:
     span: int = 1
     expand_warps: int = 4
     expand_stages: int = 3
+    rank_block: int = 256
 
     def __post_init__(self):
-        if self.form not in ("one", "two"):
-            raise LoraError(f"form {self.form!r} must be 'one' or 'two'")
+        if self.form not in FORMS:
+            raise LoraError(f"form {self.form!r} must be among {FORMS}")
+        if self.form == "barrier" and self.split not in (1, 2, 4, 8, 16, 32, 64):
+            raise LoraError(f"split {self.split} of the barrier form must be a power of two up to 64")
         if self.rows not in TILE_ROWS or self.expand_rows not in TILE_ROWS:
             raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be among {TILE_ROWS}")
 
@@ -58,7 +65,7 @@ class Shape:
     adapters: int
 
     def distance(self, other: Shape) -> float:
-        """Log2 distance; a change of widths or of slices weighs more than one of tokens, rank most (tiles are cut for it)."""
+        """Log2 distance; widths and slices weigh more than tokens, rank most (tiles are cut for it)."""
         mine, theirs = sum(self.widths), sum(other.widths)
         return (
             4 * abs(log2(self.rank / other.rank))
@@ -71,7 +78,7 @@ class Shape:
 
 
 def default(shape: Shape) -> Tiling:
-    """A tiling that is right and sound on any device: small tiles and a wide split for few rows, long tiles for many."""
+    """Right and sound on any device: small tiles and a wide split for few rows, long tiles for many."""
     rows_per_adapter = shape.tokens / max(shape.adapters, 1)
     k_block = max(32, min(256, 16384 // shape.rank))
     if rows_per_adapter <= 32 or shape.tokens <= 256:
@@ -92,11 +99,12 @@ def load(path: Path) -> dict[Shape, Tiling]:
         for i, entry in enumerate(entries):
             unknown = set(entry["tiling"]) - known
             if unknown:
-                raise LoraError(f"{path}: entry {i}: unknown tiling field {sorted(unknown)}; run `python -m kernels tune`")
-            shape = Shape(*(tuple(entry[k]) if k == "widths" else entry[k] for k in (f.name for f in fields(Shape))))
-            table[shape] = Tiling(**entry["tiling"])
+                raise LoraError(f"{path}: entry {i}: unknown tiling field {sorted(unknown)}; delete it and tune again")
+            table[entry_shape(entry)] = Tiling(**entry["tiling"])
     except (KeyError, TypeError, ValueError) as error:
-        raise error if isinstance(error, LoraError) else LoraError(f"{path}: {error}; run `python -m kernels tune`") from error
+        if isinstance(error, LoraError):
+            raise
+        raise LoraError(f"{path}: {error!r}; delete it and run `python -m kernels tune`") from error
     return table
 
 
@@ -107,19 +115,29 @@ def table(device: str) -> dict[Shape, Tiling]:
     if path.exists():
         return load(path)
     if device != "interpreter":
-        print(f"kernels: no tuned tiles for {device}; using defaults. `python -m kernels tune` writes {path.name}", file=sys.stderr)
+        print(f"no tiles are tuned for {device}; run `python -m kernels tune`", file=sys.stderr)
     return {}
 
 
 @cache
-def lookup(shape: Shape) -> Tiling:
-    """The tiling of the nearest tuned shape on this device, or the default. Deterministic: ties go to the first entry."""
-    entries = table(device_name())
+def lookup(shape: Shape, *, meeting: bool = True) -> Tiling:
+    """The tiling of the nearest tuned shape on this device, or the default; the first of equals.
+
+    A tile cut for a smaller rank may not fit, and the barrier form is cut for one projection. meeting: whether that
+    form, whose programs must all be resident, may be chosen.
+    """
+    entries = {
+        known: tiling for known, tiling in table(device_name()).items()
+        if known.rank >= shape.rank
+        and (tiling.form != "barrier" or (meeting and (known.d_in, known.widths) == (shape.d_in, shape.widths)))
+    }  # fmt: skip
     near = min(entries, key=shape.distance, default=None)
-    if near is None or near.rank < shape.rank:  # a tile cut for a smaller rank may not fit
-        fitting = [s for s in entries if s.rank >= shape.rank]
-        near = min(fitting, key=shape.distance, default=None)
     return entries[near] if near else default(shape)
+
+
+def entry_shape(entry: dict) -> Shape:
+    """The shape of a row of a table file. KeyError where a size is missing."""
+    return Shape(**{f.name: entry[f.name] for f in fields(Shape)} | {"widths": tuple(entry["widths"])})
 
 
 def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:

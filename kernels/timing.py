@@ -1,8 +1,9 @@
 """Measures one operator call as a layer would pay for it: CUDA-graph replay with weights cold in L2.
 
-A graph holds many calls over rotating layers of factors, together at least twice the L2, so that A and B come from memory at every
-call; x and y are the same at every call, so they stay in L2 where they fit, as between the kernels of a layer. The figure is the
-median of the replays divided by the calls. It knows operators only as functions `op(y, x, pool, batch, key)`.
+A graph holds many calls over rotating layers of factors, together at least twice the L2, so that A and B come from
+memory at every call; x and y are the same at every call, so they stay in L2 where they fit, as between the kernels of a
+layer. The figure is the median of the replays divided by the calls. It knows operators only as functions
+`op(y, x, pool, batch, key)`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ SKEWS = ("uniform", "skew60", "short")
 
 @dataclass(frozen=True)
 class Point:
-    """One place of the grid: a projection, and a step's tokens, adapters (all of one rank) and how rows fall to adapters.
+    """One place of the grid: a projection, and a step's tokens, adapters (all of one rank) and how rows fall to them.
 
-    skew: uniform (equal shares, rows grouped by adapter), skew60 (the first adapter has 60 % of the rows), short (runs of
-    16 rows, adapters in turn, so that the rows of one adapter lie apart).
+    skew: uniform (equal shares, rows grouped by adapter), skew60 (the first adapter has 60 % of the rows), short (runs
+    of 16 rows, adapters in turn, so that the rows of one adapter lie apart).
     """
 
     phase: str
@@ -64,24 +65,24 @@ class Point:
 class World:
     """The tensors of one point, random, on the GPU: a pool with enough layers to be cold, a batch, x and y."""
 
-    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cuda"):
         self.point = point
         projection = Projection(point.d_in, point.widths)
         factor_bytes = 2 * point.adapters * point.rank * (projection.slices * point.d_in + projection.d_out)
         self.layers = max(2, -(-COLD_BYTES // factor_bytes))
         rows = point.adapters * -(-point.rank // 16) * 16
         self.pool = LoraPool(
-            {"p": projection}, layers=self.layers, slots=point.adapters, rows=rows, dtype=dtype, device="cuda"
+            {"p": projection}, layers=self.layers, slots=point.adapters, rows=rows, dtype=dtype, device=device
         )
-        random = torch.Generator("cuda").manual_seed(seed)
+        random = torch.Generator(device).manual_seed(seed)
         self.pool.a["p"].normal_(0, projection.d_in**-0.5, generator=random)
         self.pool.b["p"].normal_(0, point.rank**-0.5, generator=random)
         for slot in range(point.adapters):
             self.pool.reserve(slot, point.rank, scale=0.5)
         self.batch = LoraBatch(self.pool, point.tokens)
         self.batch.update(point.index())
-        self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device="cuda").normal_(generator=random)
-        self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device="cuda").normal_(generator=random)
+        self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device=device).normal_(generator=random)
+        self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device=device).normal_(generator=random)
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,23 +102,39 @@ class World:
         return relative_error(y, after)
 
     def graph_us(self, op: Callable, *, replays: int = 7, target_us: float = 1500.0) -> float:
-        """Median microseconds a call by graph replay; the graph lasts about target_us, and each layer occurs equally often."""
+        """Median microseconds a call by graph replay; the graph lasts about target_us, every layer equally often."""
         self.y.normal_()
-
-        def calls(count: int) -> torch.cuda.CUDAGraph:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for i in range(count):
-                    op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
-            return graph
-
         op(self.y, self.x, self.pool, self.batch, (0, "p"))
-        guess = max(3.0, 1.5 * self.point.floor_us)
-        rounds = max(1, min(round(target_us / guess / self.layers), 512 // self.layers or 1))
-        count = rounds * self.layers
-        graph = calls(count)
+        graph = self._graph(op, self.layers)  # one round first: a rival may be a hundred times slower than the floor
+        round_us = min(_events_us(graph.replay, 2))
+        rounds = max(1, min(round(target_us / round_us), 512 // self.layers or 1))
+        if rounds > 1:
+            graph = self._graph(op, rounds * self.layers)
+        return median(_events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
+
+    def after_ordinary_us(self, op: Callable, calls: int = 128) -> float:
+        """What one call adds behind a kernel launched the ordinary way, whose time is taken off: no fetch runs ahead.
+
+        The other kernel adds to 4 MB that nobody else touches.
+        """
+        other = torch.zeros(1 << 20, device=self.pool.device)
+        op(self.y, self.x, self.pool, self.batch, (0, "p"))
+        spans = []
+        for run in (op, None):
+            graph = self._graph(run, calls, before=lambda: other.add_(1.0))
+            spans.append(median(_events_us(graph.replay, 7)) / calls)
+        return spans[0] - spans[1]
+
+    def _graph(self, op: Callable | None, calls: int, before: Callable = lambda: None) -> torch.cuda.CUDAGraph:
+        """Captured and replayed once."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                before()
+                if op:
+                    op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
         graph.replay()
-        return median(_events_us(graph.replay, replays)) / count
+        return graph
 
     def host_us(self, op: Callable, calls: int = 200) -> float:
         """CPU microseconds to issue one call outside a graph."""

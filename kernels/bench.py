@@ -1,0 +1,189 @@
+"""`python -m kernels bench`: the operator, its static ablation and the rivals over the grid, on this GPU, in one run.
+
+It measures and writes rows; what they say is worked out by `kernels.verdict` from the file alone.
+"""
+
+from __future__ import annotations
+
+import kernels.target  # isort: skip  # noqa: F401  (before triton: it may choose the interpreter)
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from math import log
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from kernels import results
+from kernels.atmm import atmm, resolve
+from kernels.baselines import OPERATORS, operator
+from kernels.batch import LoraBatch
+from kernels.precompile import compile_all, in_parallel
+from kernels.results import Row
+from kernels.tiles import Shape, Tiling, lookup
+from kernels.timing import Point, World
+
+H = 4096
+QKV = (H, H, H)
+RANKS = (16, 32, 64, 128)
+PAPER_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+STATIC = 6
+"""Tilings of the table, most often chosen first, that compete to be the one static tiling of a phase."""
+
+
+def grid() -> list[Point]:
+    """The peers' points, then others: the paper's token counts, 16 adapters, short runs, Qwen2-VL-7B's widths.
+
+    Peers' points: a square projection and a fused q, k, v of width 4096, equal shares and one adapter with 60 %.
+    """
+    points = [Point(r.phase, r.d_in, (H,) * r.slices, r.tokens, r.adapters, r.rank, r.skew)
+              for r in results.read(results.PEERS)]  # fmt: skip
+    phase = {tokens: "decode" if tokens <= 256 else "prefill" for tokens in (*PAPER_TOKENS, 16384)}
+    points += [Point(phase[t], H, (H,), t, 1, 64) for t in PAPER_TOKENS]
+    points += [Point(phase[t], H, (H,), t, 16, r) for t in (16, 64, 256, 1024, 4096) for r in (16, 64)]
+    short = ((512, 8), (1024, 8), (1024, 32), (4096, 8), (4096, 32), (16384, 32))
+    points += [Point("prefill", H, (H,), t, n, 64, skew) for t, n in short for skew in ("uniform", "short")]
+    layers = ((3584, (3584, 512, 512)), (3584, (3584,)), (3584, (18944, 18944)), (18944, (3584,)))
+    points += [Point(phase[t], d_in, widths, t, 8, 64) for d_in, widths in layers for t in (8, 64, 512, 4096)]
+    return list(dict.fromkeys(points))
+
+
+def _shape(point: Point) -> Shape:
+    return Shape(point.d_in, point.widths, point.rank, point.tokens, point.adapters)
+
+
+def _launches(point: Point, tiling: Tiling) -> list:
+    strides = (point.d_in, sum(point.widths))
+    return resolve(_shape(point), tiling, torch.bfloat16, mixture=False, strides=strides)
+
+
+def _static_points(points: Iterable[Point], phase: str) -> list[Point]:
+    """The square projection at equal shares."""
+    return [p for p in points if p.phase == phase and p.widths == (H,) and p.d_in == H and p.skew == "uniform"]
+
+
+def _static_candidates(points: list[Point]) -> list[Tiling]:
+    """The tilings that the table chooses most often at these points, of those that can run at all of them."""
+    return [tiling for tiling, _ in Counter(lookup(_shape(p), meeting=False) for p in points).most_common(STATIC)]
+
+
+def rows_at(point: Point, ops: dict[str, Callable], **where) -> Iterator[Row]:
+    """One row for each operator that can run the point; what cannot is said on stderr. where: World's dtype, device."""
+    world = World(point, **where)
+    at = (point.phase, point.d_in, sum(point.widths), len(point.widths), point.tokens, point.adapters, point.rank)
+    for name, op in ops.items():
+        try:
+            error, us = world.error(op), world.graph_us(op)
+        except (torch.OutOfMemoryError, OutOfResources) as reason:
+            print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
+            continue
+        yield Row(name, *at, point.skew, us, point.floor_us, error)
+
+
+def best_static(points: list[Point]) -> list[Row]:
+    """Rows of the one tiling for all points with the least geometric mean; what fails anywhere is out."""
+    candidates = _static_candidates(points)
+    compile_all([launch for p in points for t in candidates for launch in _launches(p, t)])
+    ops = {str(i): partial(atmm, tiling=tiling) for i, tiling in enumerate(candidates)}
+    rows = [row for point in points for row in rows_at(point, ops)]
+    by_tiling = [[row for row in rows if row.operator == name] for name in ops]
+    whole = [(sum(log(row.us) for row in found), i) for i, found in enumerate(by_tiling) if len(found) == len(points)]
+    if not whole:
+        return []
+    best = min(whole)[1]
+    print(f"the one static tiling: {candidates[best]}", file=sys.stderr)
+    return [replace(row, operator="atmm-static") for row in by_tiling[best]]
+
+
+def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540.0) -> list[Row]:
+    """Measure the grid and write `out` as it grows. What budget_s does not allow is left out, as its header says."""
+    start, points, rivals = time.monotonic(), grid(), list(rivals)
+    compile_all([launch for p in points for launch in _launches(p, lookup(_shape(p)))])
+    in_parallel(_warm, [(name, slices, rank) for name in rivals for slices in (1, 3) for rank in RANKS])
+    print(f"compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    ops: dict[str, Callable] = {"atmm": atmm} | {name: operator(name) for name in rivals}
+    rows: list[Row] = []
+    left_out = 0
+    for phase in ("decode", "prefill"):
+        rows += best_static(_static_points(points, phase))
+    for done, point in enumerate(points):
+        late = time.monotonic() - start > budget_s
+        left_out += late
+        rows += rows_at(point, {"atmm": atmm} if late else ops)
+        if done % 50 == 0:
+            results.write(out, rows, provenance() | {"cut short": f"after {done + 1} of {len(points)} points"})
+            print(f"{time.monotonic() - start:4.0f} s: {done + 1} of {len(points)} points", file=sys.stderr)
+    counts = {"points": len(points), "points without rivals, out of time": left_out}
+    results.write(out, rows, provenance() | counts | extras())
+    print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return rows
+
+
+def _warm(name: str, slices: int, rank: int) -> None:
+    """Compile what a rival needs, by calling it; Triton keeps it on disk for the process that measures."""
+    for tokens, adapters in ((1, 1), (8, 1), (8, 8), (64, 8), (256, 8), (1024, 32)):
+        world = World(Point("warm", H, (H,) * slices, tokens, adapters, rank))
+        try:
+            operator(name)(world.y, world.x, world.pool, world.batch, (0, "p"))
+        except (torch.OutOfMemoryError, OutOfResources):
+            continue  # the measurement says so
+
+
+def provenance() -> dict[str, str]:
+    """Where figures come from."""
+    return {
+        "what": "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32",
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
+        "command": "python -m kernels bench",
+        "floor_us": "max(bytes / 4.3 TB/s, flops / 790 TFLOP/s)",
+    }
+
+
+def extras() -> dict[str, str]:
+    """Figures that are no row: host time, metadata of a step, and calls behind an ordinary kernel."""
+    lines = {}
+    for tokens, adapters, slices in ((1, 1, 1), (8, 8, 1), (32, 8, 1), (256, 8, 1), (32, 8, 3), (4096, 8, 1)):
+        world = World(Point("decode", H, (H,) * slices, tokens, adapters, 64))
+        for name, op in {"atmm": atmm, "slora": operator("slora"), "vllm": operator("vllm")}.items():
+            us, graph_us, host_us = world.after_ordinary_us(op), world.graph_us(op), world.host_us(op)
+            lines[f"{name}, {tokens} tokens, {adapters} adapters, rank 64, {slices} slices"] = (
+                f"{graph_us:.2f} us back to back, {us:.2f} us behind another kernel, host {host_us:.1f} us a call"
+            )
+    for tokens in (32, 256, 4096, 16384):
+        host_us, device_us = metadata_us(world.pool, tokens)
+        lines[f"metadata of {tokens} tokens"] = f"host {host_us:.1f} us, device {device_us:.1f} us"
+    return lines
+
+
+def metadata_us(pool, tokens: int, times: int = 20) -> tuple[float, float]:
+    """(host, device) microseconds to build one step's batch from random adapters."""
+    batch = LoraBatch(pool, tokens)
+    index = np.random.default_rng(0).integers(0, pool.slots, tokens)
+    spans = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        begin = perf_counter()
+        batch.update(index)
+        spans.append(1e6 * (perf_counter() - begin))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            batch.route()
+    graph.replay()
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    return sorted(spans)[times // 2], 1e3 * first.elapsed_time(last) / times

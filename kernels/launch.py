@@ -1,0 +1,84 @@
+"""One Triton kernel with everything but its run-time arguments resolved, and a cheap way to launch it.
+
+It knows Triton's launcher (pinned: 3.6), not what any kernel computes.
+"""
+
+from __future__ import annotations
+
+from kernels.target import INTERPRETED  # isort: skip
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+
+@dataclass(frozen=True)
+class Launch:
+    """types: of the run-time arguments in order: a dtype for a tensor, for an integer a value with its usual alignment.
+
+    resident: the programs wait for one another, so all of the grid must fit on the device at once.
+    """
+
+    kernel: triton.JITFunction
+    grid: tuple[int, int]
+    constants: dict
+    types: dict
+    warps: int = 4
+    resident: bool = False
+
+    @property
+    def code(self) -> str:
+        """What decides the machine code: all but the grid."""
+        return f"{self.kernel.__name__} {sorted(self.constants.items())} {self.types} {self.warps}"
+
+    def compile(self):
+        """The compiled kernel for this device, from Triton's cache where it is there."""
+        arguments = list(self.types.values())
+        options = {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants.get("PDL") else {})
+        return self.kernel.warmup(*arguments, grid=self.grid, **self.constants, **options)
+
+    def bind(self, device: torch.device) -> Callable:
+        """A function of the run-time arguments (`argument` of each tensor, in the kernel's order) that launches it.
+
+        It calls the compiled kernel's launcher directly: Triton's own way costs the host several times more.
+        """
+        if INTERPRETED:
+            return lambda *arguments: self.kernel[self.grid](*arguments, **self.constants)
+        compiled = self.compile()
+        compiled._init_handles()  # loads the module; OutOfResources where it does not fit, each time
+        self._check_residence(compiled)
+        run = compiled.run
+        before = (*self.grid, 1)
+        scratch, metadata, hooks = (None, None), (compiled.packed_metadata, None), (None, None)
+        between = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, *scratch, *metadata, *hooks)
+        constants = [self.constants[name] for name in self.kernel.arg_names if name in self.constants]
+        stream_of, index, start = torch._C._cuda_getCurrentRawStream, device.index or 0, run.launch
+
+        def launch_now(*arguments):
+            start(*before, stream_of(index), *between, *arguments, *constants)
+
+        return launch_now
+
+    def _check_residence(self, compiled) -> None:
+        """OutOfResources if the grid's programs wait for one another and do not all fit at once, with half to spare.
+
+        The spare half is for another kernel's programs, on another stream or launched early, that hold their places.
+        """
+        if not self.resident:
+            return
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        threads = 32 * self.warps
+        registers = -(-compiled.n_regs // 8) * 8 * threads
+        by_shared = device.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024)
+        places = min(by_shared, 65536 // registers, device.max_threads_per_multi_processor // threads, 32)
+        grid, room = self.grid[0] * self.grid[1], places * device.multi_processor_count
+        if 2 * grid > room and grid > device.multi_processor_count:
+            raise OutOfResources(grid, room, "resident programs")
+
+
+def argument(tensor: torch.Tensor):
+    """A tensor as a bound launch takes it: its address, cheapest for the host; the interpreter takes the tensor."""
+    return tensor if INTERPRETED else tensor.data_ptr()

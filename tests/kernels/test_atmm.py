@@ -1,0 +1,261 @@
+"""The operator against float32: all forms, mixed ranks, fused slices, mixture, strided rows, NaN, nothing to do."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.atmm import atmm, fitting, resolve
+from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
+from kernels.reference import reference, relative_error
+from kernels.tiles import FORMS as FORMS_OF_ALL
+from kernels.tiles import Shape, Tiling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16, torch.float32)
+PROJECTIONS = {"o": Projection(96, (64,)), "qkv": Projection(96, (64, 32, 16))}
+RANKS = (3, 16, 32, 20, 8)
+FORMS = {
+    "planes": Tiling(k_block=32, split=3, n_block=32),
+    "long tiles": Tiling(k_block=32, split=2, rows=32, expand_rows=16, n_block=16, span=2),
+    "one launch": Tiling("one", rows=16, k_block=32, n_block=16, span=2),
+    "barrier": Tiling("barrier", split=4),
+    "default": None,
+}
+
+
+def world(dtype, tokens=37, ranks=RANKS, seed=0, projections=PROJECTIONS):
+    """A pool of random adapters and a random packed step over them, base rows included."""
+    random = torch.Generator().manual_seed(seed)
+    rows = sum(-(-rank // 16) * 16 for rank in ranks)
+    pool = LoraPool(projections, layers=2, slots=len(ranks), rows=rows, dtype=dtype, device=DEVICE)
+    for slot, rank in enumerate(ranks):
+        factors = {
+            (layer, name): [
+                (torch.randn(rank, p.d_in, generator=random) * 0.2, torch.randn(rank, w, generator=random) * 0.2)
+                for w in p.widths
+            ]
+            for name, p in projections.items()
+            for layer in range(2)
+        }
+        pool.put(slot, factors, scale=0.5 + slot)
+    return pool, LoraBatch(pool, 48), np.random.default_rng(seed).integers(-1, len(ranks), tokens), random
+
+
+def tensors(pool, key, tokens, random):
+    p = pool.projections[key[1]]
+    x, y = torch.randn(tokens, p.d_in, generator=random), torch.randn(tokens, p.d_out, generator=random)
+    return x.to(DEVICE, pool.dtype), y.to(DEVICE, pool.dtype)
+
+
+@pytest.mark.parametrize("form", FORMS_OF_ALL)
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_launch_has_every_argument_of_its_kernel(form, mixture):
+    shape = Shape(96, (64, 32), 16, 8, 3)
+    tiling = fitting(Tiling(form, split=4), mixture=mixture)
+    for launch in resolve(shape, tiling, torch.float16, mixture=mixture, strides=(96, 96)):
+        names = [*launch.types, *launch.constants]
+        assert names == launch.kernel.arg_names
+        assert [*launch.constants] == [n for n in names if "constexpr" in str(launch.kernel.fn.__annotations__.get(n))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_equals_float32(form, dtype):
+    pool, batch, index, random = world(dtype)
+    for merged, key in itertools.product((-1, 2), ((1, "o"), (0, "qkv"))):
+        batch.update(index, merged)
+        x, y = tensors(pool, key, len(index), random)
+        truth = reference(y, x, pool, batch, key)
+        atmm(y, x, pool, batch, key, tiling=FORMS[form])
+        assert relative_error(y, truth) < 1e-2, (merged, key)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_shapes(seed):
+    choose = np.random.default_rng(seed)
+    widths = tuple(int(8 * w) for w in choose.integers(2, 12, choose.integers(1, 4)))
+    projections = {"p": Projection(int(8 * choose.integers(2, 20)), widths)}
+    ranks = tuple(choose.integers(1, 70, 3).tolist())
+    pool, batch, index, random = world(DTYPES[0], int(choose.integers(1, 48)), ranks, seed, projections)
+    batch.update(index)
+    x, y = tensors(pool, (1, "p"), len(index), random)
+    truth = reference(y, x, pool, batch, (1, "p"))
+    atmm(y, x, pool, batch, (1, "p"))
+    assert relative_error(y, truth) < 1e-2, (projections, ranks)
+
+
+def test_rank_256():
+    pool, batch, _, random = world(DTYPES[1], 3, (256, 16))
+    batch.update(np.array([0, 1, 0]))
+    x, y = tensors(pool, (0, "o"), 3, random)
+    truth = reference(y, x, pool, batch, (0, "o"))
+    atmm(y, x, pool, batch, (0, "o"))
+    assert relative_error(y, truth) < 1e-2
+
+
+def test_rows_without_a_branch_keep_every_bit():
+    pool, batch, index, random = world(DTYPES[0])
+    batch.update(index)
+    x, y = tensors(pool, (0, "o"), len(index), random)
+    before = y.clone()
+    atmm(y, x, pool, batch, (0, "o"))
+    base = torch.from_numpy(index < 0)
+    assert base.any()
+    assert torch.equal(y.cpu()[base], before.cpu()[base])
+
+
+def test_nan_stays_in_its_row():
+    pool, batch, _, random = world(DTYPES[1])
+    for form in FORMS.values():
+        batch.update(np.array([0, 3, 0, 1, 3]))
+        x, y = tensors(pool, (0, "qkv"), 5, random)
+        x[1] = float("nan")
+        atmm(y, x, pool, batch, (0, "qkv"), tiling=form)
+        assert y.isnan().any(1).tolist() == [False, True, False, False, False]
+
+
+def test_stale_scratch_does_not_leak():
+    """Columns behind a rank, and rows behind a tile, hold whatever the last step left."""
+    pool, batch, index, random = world(DTYPES[1])
+    batch.update(index)
+    batch.workspace(1 << 16).fill_(float("nan"))
+    x, y = tensors(pool, (0, "o"), len(index), random)
+    truth = reference(y, x, pool, batch, (0, "o"))
+    atmm(y, x, pool, batch, (0, "o"), tiling=FORMS["planes"])
+    assert relative_error(y, truth) < 1e-2
+
+
+def test_strided_rows_of_a_wider_tensor():
+    pool, batch, index, random = world(DTYPES[1])
+    batch.update(index)
+    x, y = tensors(pool, (0, "o"), len(index), random)
+    wide = torch.zeros(len(index), 256, dtype=pool.dtype, device=DEVICE)
+    x_view, y_view = wide[:, :96], wide[:, 128:192]
+    x_view.copy_(x)
+    y_view.copy_(y)
+    truth = reference(y, x, pool, batch, (0, "o"))
+    atmm(y_view, x_view, pool, batch, (0, "o"))
+    assert relative_error(y_view, truth) < 1e-2
+    assert not wide[:, 96:128].any()
+    assert not wide[:, 192:].any()
+
+
+@pytest.mark.parametrize("index", [[], [-1, -1, -1]], ids=["no rows", "only base rows"])
+def test_nothing_to_add(index):
+    pool, batch, _, random = world(DTYPES[0])
+    batch.update(np.array(index, int))
+    x, y = tensors(pool, (0, "o"), len(index), random)
+    before = y.clone()
+    atmm(y, x, pool, batch, (0, "o"))
+    assert torch.equal(y, before)
+
+
+def test_contents_change_under_a_fixed_shape():
+    """What a CUDA graph relies on: same plan, new rows, new adapters, fewer tokens."""
+    pool, batch, _, random = world(DTYPES[1])
+    batch.fix(40, 5, 32)
+    for step, tokens in enumerate((40, 7, 23)):
+        index = np.random.default_rng(step).integers(-1, 5, tokens)
+        pool.release(4)
+        pool.put(4, {(0, "o"): [(torch.randn(8, 96, generator=random), torch.randn(8, 64, generator=random))]}, scale=2)
+        batch.update(index)
+        x, y = tensors(pool, (0, "o"), 40, random)
+        truth = reference(y[:tokens], x[:tokens], pool, batch, (0, "o"))
+        rest = y[tokens:].clone()
+        atmm(y, x, pool, batch, (0, "o"), tiling=FORMS["planes"])
+        assert relative_error(y[:tokens], truth) < 1e-2
+        assert torch.equal(y[tokens:], rest)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_graph_replays_with_new_contents(form):
+    pool, batch, _, random = world(torch.bfloat16)
+    batch.fix(40, 5, 32)
+    batch.update(np.zeros(40, int), route=False)
+    x, y = tensors(pool, (0, "o"), 40, random)
+
+    def step():
+        batch.route()
+        for layer in (0, 1, 0):
+            atmm(y, x, pool, batch, (layer, "o"), tiling=FORMS[form])
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for seed in range(3):
+        index = np.random.default_rng(seed).integers(-1, 5, 40 - seed)
+        batch.update(index, route=False)
+        truth = y.normal_()[: len(index)].clone()
+        for layer in (0, 1, 0):
+            truth = reference(truth, x[: len(index)], pool, batch, (layer, "o"))
+        graph.replay()
+        assert relative_error(y[: len(index)], truth) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("index", "merged", "says"),
+    [
+        ([0, 5], -1, "row 1 asks for slot 5"),
+        ([0, -2], -1, "row 1 asks for slot -2"),
+        ([3], -1, "slot 3 holds no adapter"),
+        ([0], 3, "slot 3 holds no adapter"),
+        ([0], 9, "merged slot 9"),
+        ([0] * 49, -1, "at most"),
+    ],
+)
+def test_a_bad_step_is_refused_and_changes_nothing(index, merged, says):
+    pool, batch, good, _ = world(torch.float16)
+    batch.update(good)
+    before = batch.perm.clone(), batch.tokens
+    pool.release(3)
+    with pytest.raises(LoraError, match=says):
+        batch.update(np.array(index), merged)
+    assert torch.equal(batch.perm, before[0])
+    assert batch.tokens == before[1]
+
+
+def test_a_shape_over_the_fixed_one_is_refused():
+    _, batch, _, _ = world(torch.float16)
+    batch.fix(8, 2, 16)
+    with pytest.raises(LoraError, match=r"\(3, 3, 16\) exceeds \(8, 2, 16\)"):
+        batch.update(np.array([0, 1, 4]))
+    with pytest.raises(LoraError, match="exceeds"):
+        batch.update(np.array([2]))  # rank 32
+
+
+def test_bad_tensors_are_refused():
+    pool, batch, index, random = world(torch.float16)
+    batch.update(index)
+    x, y = tensors(pool, (0, "o"), len(index), random)
+    for bad_y, bad_x, key, says in (
+        (y, x[:, :64], (0, "o"), "x has shape"),
+        (y[:5], x, (0, "o"), "y has shape"),
+        (y, x.float(), (0, "o"), "float32"),
+        (y, x, (2, "o"), "no projection"),
+        (y, x, (0, "up"), "no projection"),
+        (y.T.contiguous().T, x, (0, "o"), "strides"),
+    ):
+        with pytest.raises(LoraError, match=says):
+            atmm(bad_y, bad_x, pool, batch, key)
+
+
+def test_the_pool_hands_out_rows_and_takes_them_back():
+    pool = LoraPool({"o": Projection(16, (16,))}, layers=1, slots=4, rows=64, dtype=torch.float16)
+    runs = [pool.reserve(slot, rank) for slot, rank in enumerate((16, 20, 3))]
+    assert runs == [slice(0, 16), slice(16, 48), slice(48, 64)]
+    with pytest.raises(LoraError, match="no run of 16 free rows"):
+        pool.reserve(3, 1)
+    with pytest.raises(LoraError, match="is taken"):
+        pool.reserve(1, 4)
+    for rank in (0, 257):
+        with pytest.raises(LoraError, match=f"rank {rank}"):
+            pool.reserve(3, rank)
+    pool.release(0)
+    pool.release(1)
+    assert pool.reserve(3, 48) == slice(0, 48)
+    with pytest.raises(LoraError, match="holds no adapter"):
+        pool.release(0)
