@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.adapters import HostAdapter, Loader, packed
+from engine.adapters import HostAdapter, Loader, packed, random_packed
 from engine.cache import PageCache
 from engine.decoder import Decoder, projections_of
 from engine.graphs import DecodeGraphs
 from engine.heads import HeadError, TaskHead, random_head, read_head
 from engine.lora import Lora, operator_of
 from engine.models import Model, ModelError, ModelShape
-from engine.peft_format import AdapterError, AdapterWeights, folder_of, random_adapter, read_adapter
+from engine.peft_format import AdapterError, AdapterWeights, folder_of, read_adapter
 from engine.replay import EngineConfig
 from engine.runner import Runner
 from policies import Policy
@@ -62,7 +62,9 @@ def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[st
     for number, adapter in enumerate(adapters):
         if root is None:
             rng = np.random.default_rng([seed, ADAPTER_STREAM, number])
-            keep(random_adapter(shape, adapter.name, adapter.rank, targets, rng))
+            found.hosts.append(
+                random_packed(adapter.name, adapter.rank, projections, shape.layers, model.dtype, pinned=pinned, rng=rng)
+            )
             head = random_head(shape, RANDOM_CLASSES, torch.Generator().manual_seed(seed + number))
             found.heads.append(TaskHead(head["classes.weight"], head["classes.bias"]))
             continue

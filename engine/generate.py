@@ -73,7 +73,7 @@ def generate(args: argparse.Namespace) -> int:
     tokens, head, stopped = answer(model, prompt, args)
     if head is not None:
         if isinstance(head, Detection):
-            head = {"classes": head.classes.tolist(), "boxes": head.boxes.tolist()}
+            head = {"classes": head.classes.tolist(), "scores": head.scores.tolist(), "boxes": head.boxes.tolist()}
         print(json.dumps(head))
     elif tokenizer is not None:
         print(tokenizer.decode(tokens, skip_special_tokens=True))

@@ -25,10 +25,12 @@ class HeadError(ValueError):
 
 @dataclass(frozen=True)
 class Detection:
-    """boxes float32 [queries, 4]: centre x, y, width, height in 0..1. classes int64 [queries]."""
+    """classes int64 [queries], boxes float32 [queries, 4]: centre x, y, width, height in 0..1; scores float32 [queries]:
+    probability of the class."""
 
     classes: torch.Tensor
     boxes: torch.Tensor
+    scores: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ class TaskHead:
 
     def answer(self, hidden: torch.Tensor) -> torch.Tensor | Detection:
         """From the last `queries` hidden states [queries, hidden]: the class, int64 [], or a Detection. On the device."""
-        classes = torch.nn.functional.linear(hidden, self.classes, self.classes_bias).argmax(-1)
+        scores = torch.nn.functional.linear(hidden, self.classes, self.classes_bias).float().softmax(-1)
+        best = scores.max(-1)
         if self.boxes is None:
-            return classes[-1]
-        return Detection(classes, torch.nn.functional.linear(hidden, self.boxes, self.boxes_bias).float().sigmoid())
+            return best.indices[-1]
+        boxes = torch.nn.functional.linear(hidden, self.boxes, self.boxes_bias).float().sigmoid()
+        return Detection(best.indices, boxes, best.values)
 
 
 def read_head(folder: Path, shape: ModelShape) -> TaskHead | None:

@@ -41,6 +41,9 @@ KEY = re.compile(
 TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WRITTEN = "base_model.model.model.language_model.layers.{}.{}.lora_{}.weight"
 
+EFFECT = 0.1
+"""Size of a random adapter's B: with a scale of 2 its branch is easily seen and far from drowning the base weights."""
+
 Place = tuple[int, str, int]
 """(layer, projection, slice)."""
 
@@ -164,7 +167,7 @@ def _place(path: Path, key: str, shape: ModelShape, targets: tuple[str, ...]) ->
 
 def random_adapter(shape: ModelShape, name: str, rank: int, targets: tuple[str, ...],
                    rng: np.random.Generator) -> AdapterWeights:
-    """An adapter with normal factors, about as large in effect as the base weights' own noise; lora_alpha = 2 rank.
+    """An adapter with normal factors of a visible effect; lora_alpha = 2 rank.
 
     The numbers come from one drawn block, read on from a new place for each tensor: hundreds of adapters take seconds.
     """
@@ -174,7 +177,7 @@ def random_adapter(shape: ModelShape, name: str, rank: int, targets: tuple[str, 
         for layer in range(shape.layers):
             for number, width in enumerate(projection.widths):
                 a = _drawn(block, rng, (rank, projection.d_in)) * projection.d_in**-0.5
-                b = _drawn(block, rng, (width, rank)) * (0.1 * rank**-0.5)
+                b = _drawn(block, rng, (width, rank)) * (EFFECT * rank**-0.5)
                 factors[layer, name_of, number] = (a, b)
     return AdapterWeights(name, rank, 2.0, f"random:{name}:{rank}:{int(rng.integers(1 << 62))}", factors)
 

@@ -166,7 +166,7 @@ class Runner:
             sequence.generated.append(token)
         for sequence, said in flight.answers:
             if isinstance(said, Detection):
-                self._head_says[sequence.id] = Detection(said.classes.cpu(), said.boxes.cpu())
+                self._head_says[sequence.id] = Detection(said.classes.cpu(), said.boxes.cpu(), said.scores.cpu())
             else:
                 self._head_says[sequence.id] = int(said)
 

@@ -37,7 +37,8 @@ def test_a_head_request_ends_after_its_prefill(world, trace, shape, tmp_path, qu
         assert isinstance(answer.head, Detection)
         assert answer.head.boxes.shape == (queries, 4)
         assert 0 <= float(answer.head.boxes.min()) <= float(answer.head.boxes.max()) <= 1
-        assert answer.head.classes.shape == (queries,)
+        assert answer.head.classes.shape == answer.head.scores.shape == (queries,)
+        assert 1 / 7 <= float(answer.head.scores.min()) <= float(answer.head.scores.max()) <= 1
     else:
         assert answer.head in range(7)
 
