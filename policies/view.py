@@ -3,7 +3,7 @@
 Queues per adapter, counts and sums are kept up to date by the ledger, so that looking costs by the adapters and requests
 touched, not by the length of the queue. Output lengths are not here: a request's `Entry` does not hold them, and
 `output_tokens` answers only a policy that declared itself an oracle. A policy must not change what it is handed; with
-invariant checks on, the ledger compares its state before and after every decision.
+invariant checks on, the simulator compares the ledger's state before and after every decision.
 """
 
 from __future__ import annotations
