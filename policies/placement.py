@@ -11,7 +11,11 @@ requests go, and adapters load when those arrive. It knows no clock: periods are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from policies.ledger import Ledger
@@ -88,7 +92,7 @@ def place(loads: dict[int, float], pages: dict[int, int], room: Sequence[int],
     busiest = sorted(loads, key=lambda a: (-loads[a], a))
     chosen, rest = busiest[:MOST_ADAPTERS], busiest[MOST_ADAPTERS:]
     mean = sum(loads.values()) / count
-    # Columns: share of adapter k that goes to replica r, then whether it has a home there, then the largest load.
+    # Columns: share of adapter k that goes to replica r, whether it has a home there, and the largest load over the mean.
     cells = [(k, r) for k in range(len(chosen)) for r in range(count)]
     shares = {cell: i for i, cell in enumerate(cells)}
     copies = {cell: len(cells) + i for i, cell in enumerate(cells)}
@@ -96,14 +100,14 @@ def place(loads: dict[int, float], pages: dict[int, int], room: Sequence[int],
     program.cost[-1] = 1.0
     program.upper[: 2 * len(cells)] = [1.0] * (2 * len(cells))
     for (k, r), column in copies.items():
-        program.cost[column] = COPY_COST * mean * (0.5 if r in homes.get(chosen[k], ()) else 1.0)
+        program.cost[column] = COPY_COST * (0.5 if r in homes.get(chosen[k], ()) else 1.0)
         program.at_most({shares[k, r]: 1.0, column: -1.0}, 0.0)
     for k in range(len(chosen)):
         program.equal({shares[k, r]: 1.0 for r in range(count)}, 1.0)
     for r in range(count):
-        load = {shares[k, r]: loads[a] for k, a in enumerate(chosen)}
+        load = {shares[k, r]: loads[a] / mean for k, a in enumerate(chosen)}
         program.at_most(load | {2 * len(cells): -1.0}, 0.0)
-        program.at_most({copies[k, r]: float(pages[a]) for k, a in enumerate(chosen)}, float(room[r]))
+        program.at_most({copies[k, r]: pages[a] / room[r] for k, a in enumerate(chosen)}, 1.0)
     solution = program.solve()
     if solution is None:  # the busiest adapters do not fit: every replica takes what comes
         return {}
@@ -151,8 +155,10 @@ def comigrate(loads: Sequence[int], waiting: Sequence[dict[int, list[int]]], her
         change |= {column: -1.0 for (q, _), column in moved.items() if queues[q][1] == r}
         program.at_most(change | {last: -1.0}, -float(load))
     solution = program.solve()
-    moves = []
-    for q, (_, source, adapter) in enumerate(queues if solution else ()):
+    moves: list[Move] = []
+    if solution is None or program.value(solution) >= max(loads):  # within the gap of the best, yet worse than to stay
+        return moves
+    for q, (_, source, adapter) in enumerate(queues):
         ids = list(waiting[source][adapter])
         for target in targets:
             moves += [Move(ids.pop(), source, target) for _ in range(round(solution[moved[q, target]]))]
@@ -183,6 +189,11 @@ class Program:
         self.at_most(row, value)
         self._low[-1] = value
 
+    def value(self, columns: Sequence[float]) -> float:
+        """The cost of a solution, its columns rounded where they are whole."""
+        rounded = (round(x) if whole else x for x, whole in zip(columns, self._whole, strict=True))
+        return sum(cost * x for cost, x in zip(self.cost, rounded, strict=True))
+
     def solve(self) -> list[float] | None:
         """The columns of a solution within GAP of the best, or the best found in NODES nodes; None if there is none."""
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -191,11 +202,30 @@ class Program:
         entries = [(i, column, value) for i, row in enumerate(self._rows) for column, value in row.items()]
         rows, columns, values = zip(*entries, strict=True)
         matrix = csr_array((values, (rows, columns)), shape=(len(self._rows), len(self.cost)))
-        found = milp(
-            self.cost, integrality=self._whole, bounds=Bounds([0.0] * len(self.cost), self.upper),
-            constraints=LinearConstraint(matrix, self._low, self._high), options={"node_limit": NODES, "mip_rel_gap": GAP},
-        )  # fmt: skip
+        with _stdout_kept_clean():
+            found = milp(
+                self.cost, integrality=self._whole, bounds=Bounds([0.0] * len(self.cost), self.upper),
+                constraints=LinearConstraint(matrix, self._low, self._high),
+                options={"node_limit": NODES, "mip_rel_gap": GAP},
+            )  # fmt: skip
         return None if found.x is None else found.x.tolist()
+
+
+@contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """HiGHS 1.12 (scipy 1.17) has a stray line on C's stdout, where results go; here it goes nowhere."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def withdraw(ledger: Ledger, request: int) -> Request:
