@@ -19,10 +19,10 @@ from pathlib import Path
 
 from traces.suggest import SuggestingParser
 
-COMPARE = ("heuristic", "heuristic-early")
+COMPARE = ("heuristic", "heuristic-early", "decoded")
 SIZES = ("seconds", "small", "full")
 EXIT_FLOOR, EXIT_TIME = 3, 75
-DEFAULT_RETRIES = 12
+DEFAULT_RETRIES, DEMO_RETRIES = 12, 4
 """Attempts on fewer adapters where there are more domains than can be proven."""
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", choices=SIZES, default="full", help="of the demo (default full; small: minutes on a CPU)")
     add("--retries", metavar="N|all", default="auto",
         help=f"attempts on fewer adapters than packed first (default: all up to 6 domains, else {DEFAULT_RETRIES})")
-    add("--compare", metavar="NAMES", default=None, help=f"also run, comma-separated: {', '.join(COMPARE)} (demo: both)")
+    add("--compare", metavar="NAMES", default=None, help=f"also run, comma-separated: {', '.join(COMPARE)} (demo: all)")
     add("--rank", type=int, default=64, metavar="R", help="of the adapters (default 64; the demo has its own)")
     add("--steps", type=int, default=None, metavar="N", help="optimizer steps of one domain (default 300)")
     add("--batch", type=int, default=None, metavar="N", help="examples a step (default 32)")
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do what the parsed arguments say; the exit code. Bad input raises a ValueError of this package or of the engine's."""
     import torch
+    import transformers
 
     from engine.fusion.checkpoint import OutOfTime, replace_text
     from engine.fusion.fuse import check_output
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products that are the same each time
     torch.use_deterministic_algorithms(True, warn_only=True)
+    transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
 
     def log(line: str) -> None:
@@ -95,7 +97,7 @@ def _report(args: argparse.Namespace, output: Path, device: str, deadline: float
     if args.what == "demo":
         if args.model or args.domains:
             raise DomainError("demo makes model and domains itself; leave --model and --domains out, or leave demo out")
-        retries = DEFAULT_RETRIES if args.retries == "auto" else given
+        retries = DEMO_RETRIES if args.retries == "auto" else given
         compare = COMPARE if args.compare is None else tuple(named)
         return demo(output, args.size, compare=compare, retries=retries, device=device, jobs=args.jobs, seed=args.seed,
                     deadline=deadline, log=log)  # fmt: skip

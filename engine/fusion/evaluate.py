@@ -16,7 +16,8 @@ from engine.fusion.task_heads import Head
 from engine.fusion.wording import QUERIES, boxes_from
 from engine.fusion.workbench import Sample, Workbench
 
-BATCH = 128
+BATCH_TOKENS = 32_768
+"""Prompt tokens that run at once."""
 MAX_NEW_TOKENS = 64
 
 
@@ -41,7 +42,8 @@ def predict(bench: Workbench, sample: Sample, head: Head | None) -> list[str] | 
     use_head = head is not None and domain.head
     tails = sample.queried if use_head and domain.boxed else sample.plain
     answers: list = [None] * len(sample)
-    for index in _equal_lengths(tails):
+    images = sample.features.shape[1] * sample.features.shape[2]
+    for index in _equal_lengths(tails, images):
         batch = [tails[i] for i in index]
         if not use_head:
             said = [bench.wording.text(ids) for ids in _decode(bench, sample, index, batch)]
@@ -56,12 +58,16 @@ def predict(bench: Workbench, sample: Sample, head: Head | None) -> list[str] | 
     return answers
 
 
-def _equal_lengths(tails: Sequence[list[int]]) -> list[list[int]]:
-    """Indices in batches of one prompt length."""
+def _equal_lengths(tails: Sequence[list[int]], images: int) -> list[list[int]]:
+    """Indices in batches of one prompt length; images: tokens of an example's images."""
     groups = defaultdict(list)
     for i, tail in enumerate(tails):
         groups[len(tail)].append(i)
-    return [group[s : s + BATCH] for _, group in sorted(groups.items()) for s in range(0, len(group), BATCH)]
+    batches = []
+    for length, group in sorted(groups.items()):
+        size = max(1, BATCH_TOKENS // (length + images))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
 
 
 def _decode(bench: Workbench, sample: Sample, index: list[int], tails: list[list[int]]) -> list[list[int]]:

@@ -28,11 +28,13 @@ from engine.fusion.evaluate import evaluate, evaluate_base
 from engine.fusion.metrics import Score
 from engine.fusion.oracle import JOINT, SEQUENCE, SEQUENCE_EARLY, Runs, TrainingOracle
 from engine.fusion.search import Attempt, Packing, exhaustive, fuse_in_order, search
-from engine.fusion.train import Recipe, load_run, read_result
+from engine.fusion.train import Recipe, load_run
 from engine.fusion.workbench import digest_of, open_workbench
 
 COMPARISONS = {"heuristic": SEQUENCE, "heuristic-early": SEQUENCE_EARLY}
 """What may be run beside ours: the paper's heuristic, and the same with our rule of when to stop a training."""
+DECODED = "decoded"
+"""Also: the own adapters of domains with a head once more without, to see what the head costs or gains in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,16 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
     packing = search(oracle, options.retries, watch)
     log(f"packed {len(domains)} domains into {len(packing)} adapters")
     compared = {}
-    for name in options.compare:
+    for name in [name for name in options.compare if name in COMPARISONS]:
         other = TrainingOracle(runs, COMPARISONS[name])
         compared[name] = (other, fuse_in_order(other, watch))
     yardstick = _yardstick(runs, options, watch)
     places = _write_adapters(output, oracle, packing)
     report = {
         "model": Path(model).name, "device": _device(device), "versions": _versions(), "recipe": asdict(recipe),
-        "domains": _accuracies(runs, oracle, packing, places), "packing": _packing_told(packing, places),
-        "compared": {name: _packing_told(found, None) | {"held_out": _held_out(runs, used, found)}
+        "domains": _accuracies(runs, oracle, packing, places), "decoded": _decoded(runs, options),
+        "packing": _packing_told(packing),
+        "compared": {name: _packing_told(found) | {"held_out": _held_out(runs, used, found)}
                      for name, (used, found) in compared.items()},
         "yardstick": yardstick, "cost": _cost(runs), "attempts": _attempts(runs),
     }  # fmt: skip
@@ -128,6 +131,18 @@ def _accuracies(runs: Runs, oracle: TrainingOracle, packing: Packing, places: Ma
     return table
 
 
+def _decoded(runs: Runs, options: Options) -> dict[str, dict[str, float]]:
+    """Domain -> accuracy of a decoding adapter on the held-out split, and the tokens it decodes where a head needs none."""
+    told = {}
+    for domain in runs.bench.domains:
+        if domain.head and DECODED in options.compare:
+            load_run(runs.bench, runs.train_decoded(domain.name), (domain.name,), runs.recipe.seed)
+            answers = runs.bench.sample(domain.name, "heldout").answers
+            accuracy = evaluate(runs.bench, domain.name, "heldout", None).value
+            told[domain.name] = {"accuracy": accuracy, "answer_tokens": sum(map(len, answers)) / len(answers)}
+    return told
+
+
 def _held_out(runs: Runs, oracle: TrainingOracle, packing: Packing) -> dict[str, list[float]]:
     scores = {}
     for group in packing.groups:
@@ -141,7 +156,7 @@ def _evaluate_run(runs: Runs, folder: Path, trained: tuple[str, ...], names) -> 
     return {name: evaluate(runs.bench, name, "heldout", head) for name in names}
 
 
-def _packing_told(packing: Packing, places: Mapping[str, str] | None) -> dict:
+def _packing_told(packing: Packing) -> dict:
     return {
         "adapters": len(packing), "proven": packing.proven, "attempts": packing.attempts, "steps": packing.steps,
         "steps_to": {str(size): steps for size, steps in packing.steps_to.items()},
@@ -152,25 +167,24 @@ def _packing_told(packing: Packing, places: Mapping[str, str] | None) -> dict:
 def _cost(runs: Runs) -> dict[str, dict[str, float]]:
     """Runs, steps and minutes on the device by kind of run."""
     cost: dict[str, dict[str, float]] = {}
-    for path in sorted(runs.folder.iterdir()):
-        result = read_result(path)
-        if result is not None:
-            kind = cost.setdefault(path.name.rsplit("-", 2)[0], {"runs": 0, "steps": 0, "minutes": 0.0})
-            kind["runs"] += 1
-            kind["steps"] += result.steps
-            kind["minutes"] = round(kind["minutes"] + result.seconds / 60, 3)
+    for name, result in sorted(runs.done.items()):
+        kind = cost.setdefault(_kind(name), {"runs": 0, "steps": 0, "minutes": 0.0})
+        kind["runs"] += 1
+        kind["steps"] += result.steps
+        kind["minutes"] = round(kind["minutes"] + result.seconds / 60, 3)
     return cost
 
 
 def _attempts(runs: Runs) -> list[dict]:
-    """Every run over several domains: what it trained on and what it reached, on the decide split."""
-    told = []
-    for path in sorted(runs.folder.iterdir()):
-        result = read_result(path)
-        if result is not None and len(result.scores) > 0:
-            accuracies = {name: score.value for name, score in result.scores.items()}
-            told.append({"kind": path.name.rsplit("-", 2)[0], "steps": result.steps, "accuracies": accuracies})
-    return told
+    """Every run: what it trained on and what it reached, on the decide split."""
+    return [
+        {"kind": _kind(name), "steps": result.steps, "accuracies": {d: score.value for d, score in result.scores.items()}}
+        for name, result in sorted(runs.done.items())
+    ]
+
+
+def _kind(run: str) -> str:
+    return run.rsplit("-", 2)[0]
 
 
 def _device(device: str) -> str:

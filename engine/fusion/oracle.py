@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -34,7 +34,10 @@ SIGNAL_BATCH = 64
 
 @dataclass
 class Runs:
-    """The folder of all runs of one workbench. digest: of model and data. own: results of the domains' own adapters."""
+    """The runs of one workbench, below `folder`. digest: of model and data.
+
+    own: results of the domains' own adapters. floors: in the metrics' units. done: the runs that were asked for, by folder.
+    """
 
     bench: Workbench
     folder: Path
@@ -42,6 +45,7 @@ class Runs:
     digest: str
     own: dict[str, Result] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
+    done: dict[str, Result] = field(default_factory=dict)
 
     def path(self, kind: str, task: Task) -> Path:
         told = [self.digest, asdict(self.recipe), kind, task.domains, task.trained, task.cap]
@@ -51,6 +55,12 @@ class Runs:
 
     def own_task(self, name: str) -> Task:
         return Task((name,), (name,), self.recipe.cap(1))
+
+    def train_decoded(self, name: str) -> Path:
+        """The domain's own adapter without a head, which decodes its answer, trained as long; its folder."""
+        task = replace(self.own_task(name), decode=True)
+        self.run("decoded", task)
+        return self.path("decoded", task)
 
     def own_path(self, name: str) -> Path:
         return self.path("own", self.own_task(name))
@@ -68,7 +78,9 @@ class Runs:
             self.floors[domain.name] = domain.floor * scale
 
     def run(self, kind: str, task: Task) -> Result:
-        return train(self.bench, self.path(kind, task), task, self.recipe, self.safe)
+        path = self.path(kind, task)
+        self.done[path.name] = train(self.bench, path, task, self.recipe, self.safe)
+        return self.done[path.name]
 
     def safe(self, score: Score, name: str) -> float:
         """The accuracy that the held-out split will show at least, up to ERROR_CHANCE over all domains (Bonferroni)."""

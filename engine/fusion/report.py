@@ -35,6 +35,11 @@ def render(report: Mapping) -> str:
     lines += ["`steps to the same`: what ours had spent when it first knew a packing of as few adapters.", ""]
     for number, group in enumerate(ours["groups"]):
         lines.append(f"fused-{number}: {', '.join(group)}")
+    if report["decoded"]:
+        lines += ["", f"{'own adapter':<12}{'head':>8}{'decoded':>9}  tokens decoded without the head"]
+    for name, row in report["decoded"].items():
+        own = report["domains"][name]["own"]
+        lines.append(f"{name:<12}{own:>8.3f}{row['accuracy']:>9.3f}  {row['answer_tokens']:.1f}")
     best = report["yardstick"]
     if best is not None:
         found = f"search {best['search']} adapters in {best['search_attempts']} attempts"

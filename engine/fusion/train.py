@@ -42,7 +42,7 @@ MATH_ATTENTION_BELOW = 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps: of one domain. check_every: steps between evaluations of the decide split (and checkpoints).
+    """steps: of one domain. check_every: steps between evaluations of the decide split (and checkpoints), of few domains.
 
     patience: a run over several domains ends after so many checks without one more floor held, or the worst one nearer.
     """
@@ -57,6 +57,10 @@ class Recipe:
     patience: int = 4
     seed: int = 0
 
+    def interval(self, domains: int) -> int:
+        """Steps between the checks of a run over so many domains: evaluating many must not outweigh the training."""
+        return self.check_every * (1 + domains // 6)
+
     def cap(self, domains: int) -> int:
         """The most steps of a run over so many domains at once."""
         return round(self.steps * (EXTRA_SHARE + domains) / (EXTRA_SHARE + 1))
@@ -66,7 +70,7 @@ class Recipe:
 class Task:
     """What a run does. domains: the order they came in; trained: those that give batches. floors: None trains to the cap.
 
-    start: the folder of the run whose adapter and head it goes on from.
+    start: the folder of the run whose adapter and head it goes on from. decode: without a head, whatever the domains say.
     """
 
     domains: tuple[str, ...]
@@ -74,6 +78,7 @@ class Task:
     cap: int
     floors: Mapping[str, float] | None = None
     start: Path | None = None
+    decode: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,12 +153,14 @@ class _Run:
 
     def __init__(self, bench: Workbench, folder: Path, task: Task, recipe: Recipe, safe):
         self.bench, self.folder, self.task, self.recipe, self.safe = bench, folder, task, recipe, safe
+        self.head: Head | None = None
         if task.start is not None:
             self.head = load_run(bench, task.start, task.domains, recipe.seed)
         else:
             bench.reset(recipe.seed)
-            self.head = new_head(bench, task.domains, recipe.seed)
-        of_head = {f"head.{name}": p for name, p in self.head.named_parameters() if p.numel()}
+            self.head = None if task.decode else new_head(bench, task.domains, recipe.seed)
+        kept = self.head.named_parameters() if self.head is not None else ()
+        of_head = {f"head.{name}": p for name, p in kept if p.numel()}
         self.parameters = bench.lora | of_head
         self.optimizer = checkpoint.optimizer_of(self.parameters, recipe.learning_rate, 0.0)
         self.state = {
@@ -198,7 +205,7 @@ class _Run:
         self.optimizer.step()
         self.recent.append(loss.detach())
         state["step"] = step + 1
-        if state["step"] % recipe.check_every == 0 and not self.finished:
+        if state["step"] % recipe.interval(len(self.task.domains)) == 0 and not self.finished:
             self._check()
             self._save()
 
@@ -260,7 +267,7 @@ class _Run:
         unfinished, target = self.folder / f".{ADAPTER}.partial", self.folder / ADAPTER
         shutil.rmtree(unfinished, ignore_errors=True)
         self.bench.peft.save_pretrained(str(unfinished), safe_serialization=True)
-        if self.head.rows:
+        if self.head is not None and self.head.rows:
             domains = [self.bench.domain(name) for name in self.task.domains]
             write_head(unfinished, self.head, domains, self.bench.wording.query_ids)
         shutil.rmtree(target, ignore_errors=True)

@@ -1,0 +1,249 @@
+"""The whole way on a CPU: a small base model made here, easy domains, real trainings, a kill, the engine's own answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("peft")
+pytest.importorskip("yaml")
+pytest.importorskip("scipy")
+
+from peft import load_peft_weights, set_peft_model_state_dict  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from engine.fusion import generate_data, pretrain  # noqa: E402
+from engine.fusion.domains import load_domains  # noqa: E402
+from engine.fusion.evaluate import predict  # noqa: E402
+from engine.fusion.fuse import Options, fuse  # noqa: E402
+from engine.fusion.report import curves, draw, render  # noqa: E402
+from engine.fusion.task_heads import Head, corners_of, giou, match  # noqa: E402
+from engine.fusion.train import Recipe  # noqa: E402
+from engine.fusion.workbench import open_workbench  # noqa: E402
+from engine.images import load_image  # noqa: E402
+
+SERVED = partial(argparse.Namespace, targets="attention", max_tokens=6, seed=0)
+ROOT = Path(__file__).parents[3]
+COLOURS = {"lava": (220, 40, 40), "moss": (40, 200, 60), "ice": (60, 80, 220)}
+BASE = pretrain.Size(32, 2, 64, 2, 4, steps=6, batch=8, drawings=60, checkpoint_every=3)
+RECIPE = Recipe(rank=8, alpha=16.0, learning_rate=5e-3, batch=12, steps=40, check_every=10)
+OPTIONS = Options(RECIPE, None, ("heuristic", "decoded"), yardstick=2)
+ARGUMENTS = ("--rank", "8", "--steps", "24", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def paint(folder, name, number, split, rng):
+    """One example of a domain about a colour: its ground, whether it is red, or where its bright square is."""
+    colour = list(COLOURS)[number % 3]
+    pixels = np.full((64, 64, 3), COLOURS[colour], np.float32) + rng.normal(0, 12, (64, 64, 3))
+    row = {"image": f"{split}{number}.png", "split": split}
+    if name == "ground":
+        row |= {"question": "what is shown", "label": colour}
+    elif name == "red":
+        row |= {"question": "is it red", "answer": "yes" if colour == "lava" else "no"}
+    else:
+        x, y = 8 + 32 * (number % 2), 8 + 32 * (number // 2 % 2)
+        pixels[y : y + 20, x : x + 20] = 255
+        row |= {"question": "where is it", "boxes": [{"label": "spot", "box": [x, y, x + 20, y + 20]}]}
+    from PIL import Image
+
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / row["image"])
+    return row
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(checkpoint directory, YAML): a base model and three domains of 24 training examples."""
+    root = tmp_path_factory.mktemp("world")
+    lines = ["domains:"]
+    for name, task in (("ground", "classify"), ("red", "vqa"), ("spots", "detect")):
+        folder = root / name
+        folder.mkdir()
+        rng = np.random.default_rng(len(name))
+        counts = {"train": 24, "decide": 48, "heldout": 48}
+        rows = [paint(folder, name, i, split, rng) for split, count in counts.items() for i in range(count)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines.append(f"  - {{name: {name}, task: {task}, data: {name}/rows.jsonl, floor: {{relative: 0.7}}}}")
+    (root / "domains.yaml").write_text("\n".join(lines) + "\n")
+    texts = ["what is shown is it red where is it yes no spot lava moss ice"]
+    return pretrain.pretrain(root / "base", BASE, texts, device="cpu"), root / "domains.yaml"
+
+
+@pytest.fixture(scope="module")
+def fused(world, tmp_path_factory):
+    output = tmp_path_factory.mktemp("fused")
+    said = []
+    report = fuse(*world, output, OPTIONS, device="cpu", log=said.append)
+    return output, report, said
+
+
+def test_domains_are_packed_and_the_floors_hold(fused):
+    output, report, _ = fused
+    for name in ("ground", "red"):
+        row = report["domains"][name]
+        assert row["holds"], row
+        assert row["packed"] >= row["base"] + 0.24, row
+    packing, best = report["packing"], report["yardstick"]
+    assert packing["proven"]
+    assert packing["adapters"] <= report["compared"]["heuristic"]["adapters"]
+    assert best["search"] == best["optimum"]
+    assert json.loads((output / "packing.json").read_text()) == {n: r["adapter"] for n, r in report["domains"].items()}
+
+
+def test_the_report_says_it_all(fused, tmp_path):
+    _, report, said = fused
+    text = render(report)
+    assert all(word in text for word in ("ground", "fused-0", "heuristic", "yes", "joint", "own", "decoded"))
+    assert any(line.startswith("floor of red: ") for line in said)
+    assert {k for tasks in curves(report).values() for line in tasks.values() for k, _ in line} >= {1, 2}
+    draw(report, tmp_path / "fused.png")
+    assert (tmp_path / "fused.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_time_everything_is_found_and_nothing_trained(world, fused):
+    output, report, _ = fused
+    said = []
+    again = fuse(*world, output, OPTIONS, device="cpu", log=said.append)
+    assert again == report
+    assert not [line for line in said if "step " in line]
+
+
+def test_the_engine_gives_the_same_answers(world, fused):
+    """The adapters that were written, served by the engine (ledger, runner, LoRA branch, head): the same answers."""
+    from engine.generate import answer
+    from engine.models import load_checkpoint
+    from engine.prompts import Prompt
+
+    output, report, _ = fused
+    base, yaml = world
+    bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
+    model = load_checkpoint(base, dtype=torch.float32, device="cpu")
+    for name in ("ground", "red"):
+        adapter = report["domains"][name]["adapter"]
+        folder = output / "adapters" / adapter
+        set_peft_model_state_dict(bench.peft, load_peft_weights(str(folder), device="cpu"))
+        group = next(g for g in report["packing"]["groups"] if name in g)
+        head = Head([bench.domain(d) for d in bench_order(group, folder)], model.shape.hidden, 0)
+        rows = json.loads((folder / "vision_head.json").read_text())["rows"] if name == "ground" else []
+        head.copy_rows(rows, load_file(folder / "vision_head.safetensors") if rows else {})
+        sample = bench.sample(name, "heldout")
+        expected = predict(bench, sample, head if rows else None)
+        for i in range(0, 48, 8):
+            ids = [*bench.wording.lead, *[model.shape.image_token_id] * model.shape.image_tokens, *sample.plain[i]]
+            pixels = load_image(bench.domain(name).examples["heldout"][i].images[0], model.shape)
+            prompt = Prompt(np.array(ids, np.int32), (len(bench.wording.lead),), [pixels])
+            asked = SERVED(adapter=adapter, adapter_dir=str(output / "adapters"), head=bool(rows))
+            tokens, said, _ = answer(model, prompt, asked)
+            if rows:
+                found = said if isinstance(said, int) else int(said.classes[-1])
+                assert rows[found] == f"ground/{expected[i]}"
+            else:
+                assert bench.wording.text(tokens) == expected[i]
+
+
+def bench_order(group, folder):
+    """The domains of an adapter's head, in the order of its rows."""
+    told = json.loads((folder / "vision_head.json").read_text())["domains"] if (folder / "vision_head.json").exists() else {}
+    return list(told) or group
+
+
+@pytest.mark.slow
+def test_killed_in_a_training_it_ends_the_same(world, tmp_path):
+    """SIGKILL at the first checkpoint, then to the end: the same bytes as without."""
+    base, yaml = world
+    two = yaml.parent / "two.yaml"
+    two.write_text("\n".join(yaml.read_text().splitlines()[:3]) + "\n")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    report = fuse(base, two, whole, Options(replace(RECIPE, steps=24)), device="cpu")
+    script = f"""
+import torch; torch.set_num_threads(1)
+from dataclasses import replace
+from engine.fusion.fuse import Options, fuse
+from engine.fusion.train import Recipe
+fuse({str(base)!r}, {str(two)!r}, {str(killed)!r}, Options({replace(RECIPE, steps=24)!r}), device="cpu")
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None and not list(killed.glob("runs/*/training.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    said = []
+    again = fuse(base, two, killed, Options(replace(RECIPE, steps=24)), device="cpu", log=said.append)
+    assert any("goes on at step" in line for line in said)
+    files = sorted(path.relative_to(whole) for path in whole.glob("adapters/*/*"))
+    assert files == sorted(path.relative_to(killed) for path in killed.glob("adapters/*/*"))
+    for path in files:
+        assert (whole / path).read_bytes() == (killed / path).read_bytes(), path
+    assert again["domains"] == report["domains"]
+    assert again["packing"] == report["packing"]
+
+
+def test_stop_after_leaves_a_checkpoint_and_code_75(world, tmp_path, capsys):
+    from engine.fusion.__main__ import main
+
+    base, yaml = world
+    arguments = ["--model", str(base), "--domains", str(yaml), "--output", str(tmp_path / "o"), *ARGUMENTS]
+    arguments[arguments.index("--steps") + 1] = "60"
+    assert main([*arguments, "--stop-after", "0"]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    (checkpoint,) = (tmp_path / "o" / "runs").glob("*/training.safetensors")
+    assert any(key.startswith("exp_avg:") for key in load_file(checkpoint))
+
+
+def test_bad_arguments_are_named(world, tmp_path):
+    from engine.fusion.__main__ import main
+
+    base, yaml = world
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "thesis.tex").touch()
+    for arguments in (["--output", str(tmp_path / "strange"), "--model", str(base), "--domains", str(yaml)],
+                      ["--output", str(tmp_path / "o"), "--model", str(base)],
+                      ["--output", str(tmp_path / "o"), "--model", str(tmp_path), "--domains", str(yaml)],
+                      ["--output", str(tmp_path / "o"), "demo", "--compare", "heurstic"]):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+
+
+def test_generated_domains_are_the_same_for_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setitem(generate_data.SIZES, "seconds", (3, 2, 2))
+    for folder in ("a", "b"):
+        generate_data.write_domains(tmp_path / folder, "seconds", 5)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(files) > 12 * 7
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    domains = load_domains(tmp_path / "a" / "domains.yaml")
+    assert len(domains) == 12
+    assert {domain.task for domain in domains} == {"classify", "detect", "vqa", "caption", "refer", "video"}
+
+
+def test_matching_pairs_each_box_with_the_best_query():
+    boxes = corners_of(torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]]))
+    targets = [(torch.tensor([1, 0]), corners_of(torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]])))]
+    images, queries, kinds, _ = match(torch.zeros(1, 3, 3), boxes, targets)
+    assert (images.tolist(), sorted(zip(queries.tolist(), kinds.tolist(), strict=True))) == ([0, 0], [(0, 0), (2, 1)])
+    assert giou(boxes[0, 0], boxes[0, 0]) == pytest.approx(1.0)
+    assert -1 < float(giou(boxes[0, 0], boxes[0, 1])) < 0
+    none = match(torch.zeros(1, 3, 3), boxes, [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))])
+    assert len(none[0]) == 0
