@@ -13,6 +13,13 @@ from torch.nn import functional
 
 from kernels.attention import paged_decode, splits_for
 
+flash = torch.ops.aten._flash_attention_forward
+"""(q, k, v [tokens, heads, D], cu_q, cu_k, longest q, longest k, dropout, causal, debug) -> (out, ...); aligned at the end."""
+
+
+def _fused(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
 
 @dataclass
 class Layout:
@@ -40,7 +47,7 @@ def attend(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, head
     scale = width**-0.5
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     n = layout.decodes
-    if not q.is_cuda:
+    if not _fused(q):
         return _reference(q, k_cache, v_cache, layout, scale, out)
     if n:
         paged_decode(q[:n], k_cache, v_cache, layout.tables, layout.lengths, out[:n], scale, layout.splits)
@@ -71,9 +78,7 @@ def _flash_chunks(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tenso
         v = torch.cat([_gathered(v_cache, pages, size) for pages, size in zip(layout.chunk_pages, sizes, strict=True)])
     most_q = max(tokens for tokens, _ in layout.chunks)
     most_k = max(tokens + context for tokens, context in layout.chunks)
-    found = torch.ops.aten._flash_attention_forward(
-        q, k, v, layout.cu_q, layout.cu_k, most_q, most_k, 0.0, True, False, scale=scale
-    )
+    found = flash(q, k, v, layout.cu_q, layout.cu_k, most_q, most_k, 0.0, True, False, scale=scale)
     return found[0].flatten(1)
 
 

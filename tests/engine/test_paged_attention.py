@@ -1,5 +1,7 @@
 """The kernels of a decoder layer against plain torch: paged decode attention and the fused small steps."""
 
+from itertools import pairwise
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -112,3 +114,34 @@ def test_fused_small_steps_equal_plain_torch_on_the_gpu():
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for got, plain in zip(run_small_steps("cuda", dtype), run_small_steps("cpu", dtype), strict=True):
             torch.testing.assert_close(got.cpu(), plain, rtol=tolerance, atol=tolerance)
+
+
+def flash_by_hand(q, k, v, cu_q, cu_k, most_q, most_k, dropout, causal, debug, *, scale):
+    """What torch's flash kernel computes for packed sequences: causal, aligned at the end of the keys."""
+    assert (dropout, causal, debug) == (0.0, True, False)
+    assert max(cu_q.diff()) == most_q
+    assert max(cu_k.diff()) == most_k
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    out = torch.empty_like(q)
+    groups = q.shape[1] // k.shape[1]
+    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        keys, values = (part[c:d].repeat_interleave(groups, 1) for part in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
+        hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
+        out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+    return out, None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2-vl"])
+def test_the_engine_runs_on_its_gpu_path(world, trace, model, monkeypatch, name):
+    """All Triton kernels of a layer in the interpreter, and torch's flash kernel by hand: the tokens stay the same."""
+    from engine import attention
+
+    requests = trace(3, 2, image_tokens=model(name)[0].shape.image_tokens, images=1, output=3, span_ns=10)
+    expected = world(name, requests, limits=(3, 24, 256)).run()
+    monkeypatch.setattr(pointwise, "_fused", lambda tensor: True)
+    monkeypatch.setattr(attention, "_fused", lambda tensor: True)
+    monkeypatch.setattr(attention, "flash", flash_by_hand)
+    assert world(name, requests, limits=(3, 24, 256)).run() == expected
+    assert requests.images.any()
