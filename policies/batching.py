@@ -8,7 +8,7 @@ preempted for recomputation (vLLM's order).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import WAITING, Entry, View
@@ -68,16 +68,23 @@ class Batch:
         self._promised = -1  # pages that started prefills still need; counted when first asked
 
     # -- memory -------------------------------------------------------------------------------------------------------
-    def _evict_for(self, pages: int) -> bool:
-        """Evict idle adapters, least recently used first, until `pages` are free; nothing if all of them do not suffice."""
-        view, victims, free = self.view, [], self.free
+    def _victims(self, spare_wanted: bool = False) -> Iterator[int]:
+        """Idle adapters that may go, those that no unfinished request asks for first, each part least recently used first."""
+        view = self.view
+        idle = [adapter for adapter in view.idle_adapters if adapter not in self._needed and adapter not in self.evicts]
+        yield from (adapter for adapter in idle if adapter not in view.unfinished)
+        if not spare_wanted:
+            yield from (adapter for adapter in idle if adapter in view.unfinished)
+
+    def _evict_for(self, pages: int, spare_wanted: bool = False) -> bool:
+        """Evict idle adapters until `pages` are free; nothing if all that may go do not suffice."""
+        victims, free = [], self.free
         if free < pages:
-            for idle in view.idle_adapters:
-                if idle not in self._needed and idle not in self.evicts:
-                    victims.append(idle)
-                    free += view.adapter_pages(idle)
-                    if free >= pages:
-                        break
+            for adapter in self._victims(spare_wanted):
+                victims.append(adapter)
+                free += self.view.adapter_pages(adapter)
+                if free >= pages:
+                    break
             if free < pages:
                 return False
             self.evicts += victims
@@ -87,11 +94,10 @@ class Batch:
     def _give_up_one(self) -> bool:
         """Evict one idle adapter or, if there is none, preempt the running request that came last. False if neither."""
         view = self.view
-        for idle in view.idle_adapters:
-            if idle not in self._needed and idle not in self.evicts:
-                self.evicts.append(idle)
-                self.free += view.adapter_pages(idle)
-                return True
+        for adapter in self._victims():
+            self.evicts.append(adapter)
+            self.free += view.adapter_pages(adapter)
+            return True
         running = [view.entry(request) for request in view.decoding]
         running += view.prefilling
         running = [entry for entry in running if entry.id not in self.preempts]
@@ -104,14 +110,17 @@ class Batch:
         return True
 
     # -- adapters -----------------------------------------------------------------------------------------------------
-    def load(self, adapter: int) -> bool:
-        """Start the copy of `adapter` unless it is here or on its way; evicts idle ones for it. False if nothing fits."""
+    def load(self, adapter: int, spare_wanted: bool = False) -> bool:
+        """Start the copy of `adapter` unless it is here or on its way; evicts idle ones for it. False if nothing fits.
+
+        spare_wanted: evict none that an unfinished request asks for.
+        """
         view = self.view
         if adapter in self.evicts:
             return False
         if not (view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads):
             pages = view.adapter_pages(adapter)
-            if not self._evict_for(pages + self._promise()):
+            if not self._evict_for(pages + self._promise(), spare_wanted):
                 return False
             self.loads.append(adapter)
             self.free -= pages
@@ -206,9 +215,12 @@ def only_decode(view: View, mode: int = UNMERGED) -> Plan:
 
 
 def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
-    """Start the copies of the first `depth` entries' adapters, so that they are here when their turn comes (S-LoRA)."""
+    """Start the copies of the first `depth` entries' adapters, so that they are here when their turn comes (S-LoRA).
+
+    Spares what an unfinished request asks for: in tight memory, prefetching would push out what is needed sooner.
+    """
     for entry, _ in zip(entries, range(depth), strict=False):
-        if entry.adapter >= 0 and not batch.load(entry.adapter):
+        if entry.adapter >= 0 and not batch.load(entry.adapter, spare_wanted=True):
             break
 
 
