@@ -112,12 +112,12 @@ def aerial(rng: np.random.Generator) -> Drawing:
     image = toned(rng.normal(0, 0.3, (DRAWN, DRAWN)), rng, (60, 80, 48), (128, 148, 96))
     draw = ImageDraw.Draw(image)
     at = rng.uniform(24, 104)
-    road = (0, at - 15, DRAWN, at + 15) if rng.random() < 0.5 else (at - 15, 0, at + 15, DRAWN)
+    road = (0, at - 18, DRAWN, at + 18) if rng.random() < 0.5 else (at - 18, 0, at + 18, DRAWN)
     draw.rectangle(road, (104, 104, 108))
     boxes, taken = [], []
     for _ in range(int(rng.integers(1, 4))):
         name = pick(rng, ("car", "truck"))
-        long, wide = (13, 8) if name == "car" else (26, 11)
+        long, wide = (19, 13) if name == "car" else (32, 15)
         hx, hy = (long, wide) if rng.random() < 0.5 else (wide, long)
         x, y = rng.uniform(hx + 2, DRAWN - hx - 2), rng.uniform(hy + 2, DRAWN - hy - 2)
         if any(abs(x - ox) < hx + ohx + 3 and abs(y - oy) < hy + ohy + 3 for ox, oy, ohx, ohy in taken):
@@ -143,8 +143,8 @@ def radiograph(rng: np.random.Generator) -> Drawing:
     boxes = []
     for x0 in (35, 93):
         if rng.random() < 0.55:
-            r = rng.uniform(8, 13)
-            x, y = x0 + rng.uniform(-8, 8), rng.uniform(34, 94)
+            r = rng.uniform(12, 17)
+            x, y = x0 + rng.uniform(-6, 6), rng.uniform(36, 92)
             draw.ellipse((x - r, y - r, x + r, y + r), int(rng.integers(190, 240)))
             boxes.append(("nodule", tuple(v * SIZE / DRAWN for v in (x - r, y - r, x + r, y + r))))
     return Drawing([finish(image.convert("RGB"), rng, noise=7, blur=1.5)], "mark the nodules", "", tuple(boxes))

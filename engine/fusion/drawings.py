@@ -124,7 +124,13 @@ def plain_scene(rng: np.random.Generator) -> Drawing:
         draw_shape(ImageDraw.Draw(image), thing)
     image = finish(image, rng)
     one = pick(rng, things)
-    kind = int(rng.integers(5))
+    kind = int(rng.integers(7))
+    if kind > 4 and len(things) > 1:
+        by_x, by_size = (sorted(things, key=lambda t, n=n: getattr(t, n)) for n in ("x", "half"))
+        asked, meant = pick(rng, (
+            ("on the left", by_x[0]), ("on the right", by_x[-1]), ("smallest", by_size[0]), ("largest", by_size[-1]),
+        ))  # fmt: skip
+        return Drawing([image], f"what is {asked}", f"{meant.colour} {meant.shape}")
     if kind == 0 and len(things) == 1:
         return Drawing([image], "what is this", f"{one.colour} {one.shape}")
     if kind == 1 and sum(t.shape == one.shape for t in things) == 1:
@@ -138,15 +144,27 @@ def plain_scene(rng: np.random.Generator) -> Drawing:
     return Drawing([image], "say what you see", seen)
 
 
+def plain_places(rng: np.random.Generator) -> Drawing:
+    """One to three flat shapes on plain or grainy ground, each to be named with its box, from left to right."""
+    image = canvas(rng) if rng.random() < 0.5 else toned(rng.normal(0, 0.3, (DRAWN, DRAWN)), rng)
+    things = sorted(scatter(rng, int(rng.integers(1, 4))), key=lambda t: t.x)
+    for thing in things:
+        draw_shape(ImageDraw.Draw(image), thing)
+    told = " ; ".join(f"{thing.shape} {corners_text(thing.box)}" for thing in things)
+    return Drawing([finish(image, rng)], "list the shapes and where they are", told)
+
+
 def plain_letter(rng: np.random.Generator) -> Drawing:
-    """One letter or digit."""
-    image = canvas(rng)
+    """One letter or digit, at times leaning or out of focus."""
+    ground, ink = canvas(rng), Image.new("L", (DRAWN, DRAWN))
     letter = pick(rng, "abcdefghijklmnopqrstuvwxyz0123456789")
     shown = letter.upper() if rng.random() < 0.5 else letter
     style = font(pick(rng, PLAIN_FONTS), int(rng.integers(50, 100)))
     place = tuple(int(v) for v in rng.integers(44, 84, 2))
-    ImageDraw.Draw(image).text(place, shown, font=style, anchor="mm", fill=COLOURS[pick(rng, tuple(COLOURS))])
-    return Drawing([finish(image, rng)], "what letter is this", letter)
+    ImageDraw.Draw(ink).text(place, shown, font=style, anchor="mm", fill=255)
+    ink = ink.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR)
+    ground.paste(COLOURS[pick(rng, tuple(COLOURS))], mask=ink)
+    return Drawing([finish(ground, rng, blur=float(rng.uniform(0, 3)))], "what letter is this", letter)
 
 
 def plain_pattern(rng: np.random.Generator) -> Drawing:
@@ -182,7 +200,7 @@ def plain_move(rng: np.random.Generator) -> Drawing:
     return Drawing(frames, "how does it move", way)
 
 
-PLAIN = (plain_scene, plain_scene, plain_letter, plain_pattern, plain_move)
+PLAIN = (plain_scene, plain_scene, plain_places, plain_letter, plain_letter, plain_pattern, plain_move)
 
 
 def toned(level: np.ndarray, rng: np.random.Generator, dark=None, light=None) -> Image.Image:

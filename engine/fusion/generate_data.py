@@ -7,6 +7,7 @@ seed gives the same bytes. It knows nothing of models.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -51,6 +52,8 @@ GENERATED: dict[str, Made] = {
 def write_domains(folder: str | Path, size: str, seed: int = 0, names: Sequence[str] = tuple(GENERATED), jobs: int = 1,
                   log: Callable[[str], None] = lambda line: None) -> Path:
     """Write the domains that are not there yet, `jobs` at a time; the path of the YAML. DomainError for an unknown name."""
+    if "digits" in names and importlib.util.find_spec("sklearn") is None:
+        raise DomainError("the domain 'digits' is scikit-learn's: pip install scikit-learn, or leave it out")
     folder = Path(folder)
     unknown = [name for name in names if name not in GENERATED]
     if unknown or size not in SIZES:

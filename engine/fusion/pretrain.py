@@ -50,8 +50,8 @@ class Size:
 
 SIZES = {
     "seconds": Size(48, 3, 64, 2, 4, 60, 16, 400, 2e-3, 20),
-    "small": Size(128, 4, 128, 4, 4, 800, 32, 6000, 1e-3, 100),
-    "full": Size(256, 6, 384, 8, 6, 4500, 128, 40000, 6e-4, 500),
+    "small": Size(96, 4, 128, 3, 4, 1500, 32, 12000, 1e-3, 100),
+    "full": Size(256, 6, 384, 8, 6, 5000, 256, 100000, 6e-4, 500),
 }
 
 
@@ -108,6 +108,7 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     work = folder.with_name(f".{folder.name}.work")
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    log(f"pretrain: draws {size.drawings} plain examples")
     drawings = plain_drawings(size.drawings, seed, jobs)
     log(f"pretrain: {len(drawings)} plain drawings in {time.monotonic() - started:.1f} s")
     tokenizer = build_tokenizer([*texts, *(f"{d.question} {d.answer}" for d in drawings)])
@@ -152,6 +153,7 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
         first, loss = found[1]["step"], found[1]["loss"]
         log(f"pretrain: goes on at step {first}")
     model.train()
+    recent: list[torch.Tensor] = []
     for step in range(first, size.steps):
         rng = np.random.default_rng([seed, 1, step])
         group = groups[1] if groups[1] and rng.random() < len(groups[1]) / len(drawings) else groups[0]
@@ -165,8 +167,9 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
         now.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
+        recent.append(now.detach())
         if (step + 1) % size.checkpoint_every == 0 and step + 1 < size.steps:
-            loss = float(now.detach())
+            loss, recent = float(torch.stack(recent).mean()), []
             log(f"pretrain: step {step + 1}/{size.steps}, loss {loss:.3f}")
             tensors = checkpoint.training_tensors(parameters, optimizer)
             checkpoint.save(path, tensors, {"step": step + 1, "loss": loss})

@@ -36,6 +36,9 @@ REPLAY = 0.15
 """Turns of a domain above its floor, against 1 for the one furthest below."""
 EXTRA_SHARE = 3.0
 """A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one."""
+ACTIVATION_BYTES = 40 << 30
+BYTES_PER_ACTIVATION = 34
+"""Kept for the backward pass per token, layer and hidden unit in 16 bit (Korthikanti et al. 2022, without dropout masks)."""
 MATH_ATTENTION_BELOW = 1024
 """Hidden sizes that can afford attention in plain matrices, whose gradient is the same each time."""
 
@@ -198,12 +201,17 @@ class _Run:
         self.bench.peft.train()
         with torch.random.fork_rng(devices):  # dropout draws from the global generator; this leaves it as it was
             torch.manual_seed(int(rng.integers(1 << 62)))
-            loss = batch_loss(self.bench, self.head, name, index)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=self.bench.device)
+            at_once = examples_at_once(self.bench, name)
+            for start in range(0, len(index), at_once):
+                part = index[start : start + at_once]
+                share = batch_loss(self.bench, self.head, name, part) * (len(part) / len(index))
+                share.backward()
+                loss += share.detach()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
         self.optimizer.step()
-        self.recent.append(loss.detach())
+        self.recent.append(loss)
         state["step"] = step + 1
         if state["step"] % recipe.interval(len(self.task.domains)) == 0 and not self.finished:
             self._check()
@@ -280,6 +288,13 @@ class _Run:
         result = read_result(self.folder)
         assert result is not None
         return result
+
+
+def examples_at_once(bench: Workbench, name: str) -> int:
+    """Examples whose activations fit ACTIVATION_BYTES; a larger batch is split and its gradients are summed."""
+    shape, sample = bench.model.shape, bench.sample(name, "train")
+    tokens = sample.features.shape[1] * shape.image_tokens + max(map(len, sample.queried)) + max(map(len, sample.answers))
+    return max(1, ACTIVATION_BYTES // (tokens * shape.layers * shape.hidden * BYTES_PER_ACTIVATION))
 
 
 def batch_loss(bench: Workbench, head: Head | None, name: str, index: Sequence[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ prompts are those that the engine serves (`engine.positions`, `engine.images`). 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,8 @@ class Workbench:
     def _features(self, paths: Sequence[Path]) -> torch.Tensor:
         shape = self.model.shape
         size = len(paths) * shape.image_tokens * shape.hidden * self.model.dtype.itemsize
+        if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
+            raise DomainError(f"{paths[0].parent}: features of {len(paths)} images take {size >> 30} GiB; use fewer rows")
         fits = self._feature_bytes + size <= DEVICE_FEATURE_BYTES
         self._feature_bytes += size if fits else 0
         kept = torch.empty(len(paths), shape.image_tokens, shape.hidden, dtype=self.model.dtype,

@@ -24,7 +24,7 @@ pytest.importorskip("scipy")
 from peft import load_peft_weights, set_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from engine.fusion import generate_data, pretrain  # noqa: E402
+from engine.fusion import generate_data, pretrain, train  # noqa: E402
 from engine.fusion.domains import load_domains  # noqa: E402
 from engine.fusion.evaluate import predict  # noqa: E402
 from engine.fusion.fuse import Options, fuse  # noqa: E402
@@ -236,6 +236,21 @@ def test_generated_domains_are_the_same_for_the_same_seed(tmp_path, monkeypatch)
     domains = load_domains(tmp_path / "a" / "domains.yaml")
     assert len(domains) == 12
     assert {domain.task for domain in domains} == {"classify", "detect", "vqa", "caption", "refer", "video"}
+
+
+def test_a_batch_too_large_for_the_memory_is_split(world, tmp_path, monkeypatch):
+    base, yaml = world
+    weights = []
+    for place, size in (("whole", 1 << 40), ("split", 1)):
+        monkeypatch.setattr(train, "ACTIVATION_BYTES", size)
+        bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
+        assert (train.examples_at_once(bench, "ground") == 1) == (place == "split")
+        task = train.Task(("ground",), ("ground",), cap=2)
+        train.train(bench, tmp_path / place, task, replace(RECIPE, dropout=0.0, batch=6), lambda score, name: score.value)
+        weights.append(load_file(tmp_path / place / "adapter" / "adapter_model.safetensors"))
+    whole, split = (torch.cat([w[key].flatten() for key in sorted(w) if "lora_B" in key]) for w in weights)
+    assert whole.norm() > 1e-3
+    assert (whole - split).norm() < 0.05 * whole.norm()
 
 
 def test_matching_pairs_each_box_with_the_best_query():
