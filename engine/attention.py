@@ -14,7 +14,7 @@ from torch.nn import functional
 from kernels.attention import paged_decode, splits_for
 
 flash = torch.ops.aten._flash_attention_forward
-"""(q, k, v [tokens, heads, D], cu_q, cu_k, longest q, longest k, dropout, causal, debug) -> (out, ...); aligned at the end."""
+"""(q, k, v [tokens, heads, D], cu_q, cu_k, longest q, longest k, dropout, causal, debug) -> (out, ...), end-aligned."""
 
 
 def _fused(tensor: torch.Tensor) -> bool:

@@ -136,19 +136,27 @@ class DecodeGraphs:
         return Captured(self._record(step), buffer, batch, tokens)
 
     def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """A graph of `step`, after it ran twice: that compiles and warms up what capture must find ready."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        graph = recorded(step, self._pool)
         self._pool = self._pool or graph.pool()
         return graph
+
+
+def recorded(step: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:
+    """A graph of `step`, after it ran twice: that compiles and warms up what capture must find ready.
+
+    pool: of another graph, whose memory it may share because the two never run at once.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph
 
 
 def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:

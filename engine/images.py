@@ -1,4 +1,4 @@
-"""Images as the vision towers take them: from a file, checked and capped, or random pixels for a replay.
+"""Images as the vision towers take them, from files, checked and capped.
 
 Resized to the model's one size: LLaVA-1.5 336 x 336 (short side, then the centre), Qwen2-VL 448 x 448 (both sides); CLIP's
 mean and deviation for both. Local files only, nothing is fetched. It knows pixels, not prompts.
@@ -59,12 +59,6 @@ def load_image(path: str | Path, shape: ModelShape) -> torch.Tensor:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     scaled = torch.from_numpy(np.asarray(image, np.float32).copy()).permute(2, 0, 1) / 255
     return arranged((scaled - torch.tensor(MEAN)[:, None, None]) / torch.tensor(DEVIATION)[:, None, None], shape)
-
-
-def random_image(shape: ModelShape, rng: np.random.Generator) -> torch.Tensor:
-    """Normalised random pixels, arranged for the model."""
-    size = shape.image_size
-    return arranged(torch.from_numpy(rng.standard_normal((3, size, size), np.float32)), shape)
 
 
 def arranged(pixels: torch.Tensor, shape: ModelShape) -> torch.Tensor:

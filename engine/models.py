@@ -63,6 +63,14 @@ class ModelShape:
     def image_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
 
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of an image as the vision tower takes it (`engine.images`)."""
+        if self.family == "llava":
+            return (3, self.image_size, self.image_size)
+        patches = 4 * self.image_tokens
+        return (patches, 2 * 3 * self.image_size**2 // patches)
+
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that keys and values of one token take in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype.itemsize

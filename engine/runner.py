@@ -25,9 +25,10 @@ from engine.graphs import DecodeGraphs
 from engine.heads import Detection, TaskHead
 from engine.lora import Lora
 from engine.models import Model
-from engine.prompts import Prompt, RequestError, made_up, pixels_of
+from engine.prompts import MadeUp, Prompt, RequestError
 from engine.sequence import Decodes, Sequence
 from engine.staging import Staging
+from engine.vision import VisionGraphs
 from policies.ledger import Ledger
 from policies.plan import Plan
 from traces.request import Request
@@ -57,8 +58,9 @@ class Runner:
                  heads: list[TaskHead | None], *, max_context: int, seed: int = 0, graphs: DecodeGraphs | None = None):
         self.model, self.decoder, self.cache, self.lora, self.loader = model, decoder, cache, lora, loader
         self.heads = heads
-        self.seed = seed
+        self.made_up = MadeUp(model.shape, seed, dtype=model.dtype, device=model.device)
         self.graphs = graphs
+        self.vision = VisionGraphs(model)
         self.width = -(-max_context // cache.page_tokens)
         self.answers: dict[int, Answer] = {}
         self.observer: Callable[[list[Sequence], torch.Tensor], None] | None = None  # sees the logits of eager steps
@@ -79,7 +81,7 @@ class Runner:
     def admit(self, request: Request, prompt: Prompt | None = None) -> None:
         """Take a request that arrived. prompt: what it says; made up where absent. RequestError if it cannot be served."""
         if prompt is None:
-            prompt = made_up(request, self.model.shape, self.seed)
+            prompt = self.made_up.prompt(request)
         if request.adapter >= 0 and self.loader.adapters[request.adapter] is None:
             raise RequestError("its adapter could not be read")
         head = self.heads[request.adapter] if request.head and request.adapter >= 0 else None
@@ -221,17 +223,18 @@ class Runner:
                 pixels += [self._pixels(sequence, number) for number in left]
         if not pixels:
             return
-        stacked = torch.stack(pixels).to(self.model.device, self.model.dtype)
-        features = self.model.encode_images(stacked).split(counts)
+        features = self.vision.encode(torch.stack(pixels)).split(counts)
         for sequence, own in zip(sequences, features, strict=True):
             if len(own):
                 sequence.features = own.flatten(0, 1)
 
     def _pixels(self, sequence: Sequence, number: int) -> torch.Tensor:
-        pixels = pixels_of(sequence.prompt, number, self.model.shape, self.seed)
-        if not bool(torch.isfinite(pixels).all()):
-            raise RequestError(f"image {number} has values that are not finite", sequence.id)
-        return pixels
+        image = sequence.prompt.images[number]
+        if not isinstance(image, torch.Tensor):
+            return self.made_up.pixels(image)
+        if tuple(image.shape) != self.model.shape.pixels or not bool(torch.isfinite(image).all()):
+            raise RequestError(f"image {number} is not {self.model.shape.pixels} finite numbers", sequence.id)
+        return image.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def _launch_eager(self) -> None:

@@ -110,6 +110,8 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
         if trace.adapters and (trace.adapter >= 0).any():
             kinds += [BRANCHED, MIXED] if policy.merges else [BRANCHED]
         runner.graphs.capture(tuple(kinds))
+        if (trace.images > 0).any():
+            runner.vision.capture()
         runner.lora.warm(mixture=policy.merges)
         keys, values = runner.cache.keys[0], runner.cache.values[0]
         warm(keys, values, runner.model.shape.heads, runner.width, config.limits.max_batch)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from engine.build import Engine, build, find_adapters
+from engine.cache import PageTable
 from engine.decoder import Decoder
 from engine.graphs import BRANCHED, KINDS, MIXED, PLAIN
 from engine.models import Model, random_model
@@ -84,8 +85,6 @@ class Bench:
         """A sequence with `kv` tokens in the cache and `tokens` more to compute."""
         ids = np.full(kv + tokens, 7, np.int32)
         sequence = Served(Request(number, 0, kv + tokens, 1, adapter), Prompt(ids), self.model.shape, None)
-        from engine.cache import PageTable
-
         sequence.table, sequence.kv, sequence.row = PageTable([]), kv, number
         self.runner.cache.extend(sequence.table, kv + tokens)
         return sequence
@@ -147,12 +146,9 @@ class Bench:
 
     def vision_us(self, images: int, repeats: int) -> dict:
         """The vision tower over a batch of images."""
-        from engine.images import random_image
-
-        pixels = torch.stack([random_image(self.model.shape, np.random.default_rng(0))] * images)
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        self.model.encode_images(pixels)
-        took = events_us(lambda: self.model.encode_images(pixels), repeats)
+        pixels = torch.stack([self.runner.made_up.pixels(key) for key in range(images)])
+        self.runner.vision.encode(pixels)
+        took = events_us(lambda: self.runner.vision.encode(pixels), repeats)
         return {"what": "vision", "images": images, "us": round(took, 1)}
 
     def switch_us(self, repeats: int) -> dict:
@@ -215,6 +211,7 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict]:
     for tokens in args.prefills:
         for adapters in dict.fromkeys((0, min(args.adapters, max(1, tokens // 1024)))):
             add(bench.prefill_us(tokens, adapters, max(3, args.repeats // 4)))
+    bench.runner.vision.capture()
     for images in (1, 4, 8):
         add(bench.vision_us(images, max(3, args.repeats // 4)))
     if args.adapters:

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engine.graphs import BRANCHED, MIXED, PLAIN, DecodeGraphs, buckets_up_to  # noqa: E402
+from engine.vision import VisionGraphs  # noqa: E402
 
 
 class Replayed(DecodeGraphs):
@@ -48,6 +49,23 @@ def test_padded_buckets_give_what_eager_steps_give(world, trace, model, monkeypa
     assert w.run() == expected
     assert {kind for kind, _ in w.runner.graphs.ran} == kinds
     assert any(bucket == 4 for _, bucket in w.runner.graphs.ran), "some batch of three was padded"
+
+
+@pytest.mark.parametrize("images", [1, 3, 16, 21])
+def test_padded_batches_of_images_give_their_features(model, images):
+    class Encoded(VisionGraphs):
+        def _record(self, step):
+            return SimpleNamespace(replay=step)
+
+    built, _ = model("tiny-llava")
+    pixels = torch.randn(images, *built.shape.pixels, generator=torch.Generator().manual_seed(0))
+    graphs = Encoded(built)
+    assert not graphs._graphs
+    plain = graphs.encode(pixels)
+    graphs.capture()
+    graphs.encode(torch.ones(16, *built.shape.pixels))  # leaves other pixels in every buffer
+    torch.testing.assert_close(graphs.encode(pixels), plain, rtol=1e-5, atol=1e-5)
+    assert plain.shape == (images, built.shape.image_tokens, built.shape.hidden)
 
 
 def test_buckets():

@@ -9,19 +9,18 @@ pytest.importorskip("transformers")
 from engine.models import FAMILIES as CLASSES  # noqa: E402
 from engine.models import config_of, shape_of  # noqa: E402
 from engine.positions import prompt_positions  # noqa: E402
-from engine.prompts import pixels_of  # noqa: E402
 
 FAMILIES = ("tiny-llava", "tiny-qwen2-vl")
 TOLERANCE = 2e-5
 
 
-def truth(model, sequence):
+def truth(model, sequence, made_up):
     """transformers' logits [tokens, vocab] for a finished sequence, by itself and in one piece."""
     shape = model.shape
     ids = torch.from_numpy(np.concatenate([sequence.prompt.ids, np.array(sequence.generated[:-1], np.int32)])).long()[None]
     inputs = {}
     if sequence.prompt.images:
-        pixels = torch.stack([pixels_of(sequence.prompt, i, shape, 0) for i in range(len(sequence.prompt.images))])
+        pixels = torch.stack([made_up.pixels(key) for key in sequence.prompt.images])
         inputs["pixel_values"] = pixels
         if shape.mrope:
             inputs["pixel_values"] = pixels.flatten(0, 1)
@@ -49,7 +48,7 @@ def compared(world):
         w.run()
         worst = {}
         for request, (sequence, rows) in seen.items():
-            expected = truth(w.model, sequence)[len(sequence.prompt.ids) - 1 :]
+            expected = truth(w.model, sequence, w.runner.made_up)[len(sequence.prompt.ids) - 1 :]
             assert len(rows) == len(expected) == len(sequence.generated)
             worst[request] = float((torch.stack(rows) - expected).abs().max())
         return worst
@@ -118,3 +117,26 @@ def test_configurations_are_those_of_the_published_models(name, parameters, kv_b
     assert shape.kv_bytes_per_token(torch.bfloat16) == kv_bytes
     assert shape.image_tokens == image_tokens
 
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_made_up_prompts_agree_where_their_prefixes_do(model, name):
+    from engine.prompts import MadeUp
+    from traces.request import Request
+
+    shape = model(name)[0].shape
+    n = shape.image_tokens
+    made_up, again = (MadeUp(shape, 3, dtype=torch.float32, device=torch.device("cpu")) for _ in range(2))
+    one = made_up.prompt(Request(1, 0, n + 30, 1, images=1, prefix=((5 << 16, n), (77, 20))))
+    two = made_up.prompt(Request(2, 0, n + 40, 1, images=1, prefix=((5 << 16, n), (77, 20), (78, 5))))
+    three = made_up.prompt(Request(3, 0, n + 30, 1, images=1))
+    assert (one.ids[: n + 20] == two.ids[: n + 20]).all()
+    assert not (one.ids[n + 20 :] == two.ids[n + 20 : n + 30]).all()
+    assert not (one.ids[n:] == three.ids[n:]).all()
+    assert (one.ids[:n] == shape.image_token_id).all()
+    assert shape.image_token_id not in one.ids[n:]
+    assert one.images == two.images != three.images
+    assert made_up.pixels(one.images[0]).shape == shape.pixels
+    assert torch.equal(made_up.pixels(one.images[0]), again.pixels(two.images[0]))
+    assert not torch.equal(made_up.pixels(one.images[0]), made_up.pixels(three.images[0]))
+    assert (again.prompt(Request(3, 0, n + 30, 1, images=1)).ids == three.ids).all()

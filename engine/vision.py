@@ -1,0 +1,58 @@
+"""CUDA graphs of the vision tower: its few hundred small kernels cost the host more time than the GPU.
+
+A batch of images is padded to a bucket or, beyond the largest, goes in pieces. LLaVA's tower only: Qwen2-VL's asks the host
+for the sizes of its images, which a graph cannot. It knows pixels and features, not whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from engine.graphs import recorded
+from engine.models import Model
+
+BUCKETS = (1, 2, 4, 8, 16)
+
+
+class VisionGraphs:
+    """`encode` is `Model.encode_images` by graphs, once `capture` was called; before that it is just that."""
+
+    def __init__(self, model: Model):
+        self._model = model
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]] = {}
+        self._pool = None
+
+    def capture(self) -> None:
+        """Record all buckets, the largest first; nothing for a tower that a graph cannot hold."""
+        if self._model.shape.family == "llava":
+            for bucket in reversed(BUCKETS):
+                self._graphs[bucket] = self._capture(bucket)
+
+    @torch.inference_mode()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[images, image_tokens, hidden], the caller's to keep."""
+        if not self._graphs:
+            return self._model.encode_images(pixels)
+        parts = []
+        for piece in pixels.split(BUCKETS[-1]):
+            bucket = next(size for size in BUCKETS if size >= len(piece))
+            graph, source, features = self._graphs[bucket]
+            source[: len(piece)].copy_(piece)
+            graph.replay()
+            parts.append(features[: len(piece)].clone())
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def _capture(self, bucket: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+        model, shape = self._model, self._model.shape
+        place = {"dtype": model.dtype, "device": model.device}
+        source = torch.zeros(bucket, *shape.pixels, **place)
+        features = torch.zeros(bucket, shape.image_tokens, shape.hidden, **place)
+        return self._record(lambda: features.copy_(model.encode_images(source))), source, features
+
+    def _record(self, step: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = recorded(step, self._pool)
+        self._pool = self._pool or graph.pool()
+        return graph
