@@ -69,7 +69,7 @@ class Batch:
 
     # -- memory -------------------------------------------------------------------------------------------------------
     def _victims(self, spare_wanted: bool = False) -> Iterator[int]:
-        """Idle adapters that may go: first those that no unfinished request asks for; each part least recently used first."""
+        """Idle adapters that may go, least recently used first; before them those that no unfinished request wants."""
         view = self.view
         idle = [adapter for adapter in view.idle_adapters if adapter not in self._needed and adapter not in self.evicts]
         yield from (adapter for adapter in idle if adapter not in view.unfinished)

@@ -34,7 +34,7 @@ class Valora:
     switch: str = "fused"
 
     name = "valora"
-    operator = "sglang"
+    operator = "atmm"
     merges = True
     oracle = False
 

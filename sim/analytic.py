@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 PROFILES = Path(__file__).parent / "profiles"
-OPERATORS = PROFILES / "operators_h200_peers.csv"
+OPERATORS = PROFILES.parents[1] / "kernels/results/operators_h200.csv"
+PEERS = OPERATORS.with_name("peers_h200.csv")
 
 # Measured, LLaVA-1.5-7B on one H200
 WEIGHTS_BYTES_PER_US = 3.05e6  # cuBLAS moves the weights of a decode step at 2.9-3.1 TB/s
@@ -32,8 +35,21 @@ LOAD_GB_PER_S = 55.0  # pinned host memory to the GPU
 DEVICE_BYTES = 143_771 * 2**20
 RESERVE_BYTES = 8 * 10**9  # activations, CUDA graphs, the runtime; an assumption
 
-PADDED = ("vllm", "dlora")  # compute every adapter of a batch at its largest rank
-FUSES_QKV = ("sglang", "vllm")  # one call for q, k and v; the others take one call a projection
+WIDTH = 4096
+"""Columns in and out of a measured call."""
+SHARED_TOKENS = 256
+"""A call of so many rows is the same work in either phase, so prefill curves begin with the decode measurement."""
+PADDED = ("vllm", "dlora", "grouped")
+"""Operators that compute every adapter of a batch at its largest rank."""
+FUSES_QKV = ("atmm", "sglang")
+"""Operators whose one call for q, k and v beats three; the others take one call a projection."""
+OURS = ("atmm", "punica", "slora", "dlora", "vllm", "grouped", "loop")
+RELEASED = {
+    "punica_bgmv": "punica", "punica_sgmv": "punica", "slora": "slora", "slora_triton": "slora", "vllm": "vllm",
+    "dlora_einsum": "dlora", "torch_gather_bmm": "dlora", "torch_grouped_mm": "grouped", "torch_loop": "loop",
+    "sgl_triton_v2": "sglang", "valora_atmm_fixed": "atmm-artefact",
+}  # fmt: skip
+"""Operators of the peers' file by the name of the technique; the fastest variant counts."""
 
 
 @dataclass(frozen=True)
@@ -115,32 +131,56 @@ def _vision(shape: Shape) -> list[list[float]]:
     return [*points, [64, round(points[-1][1] + 56 * image_us, 1)]]
 
 
-def operator_tables(path: Path, shape: Shape) -> dict[str, dict]:
+def operator_tables(shape: Shape) -> dict[str, dict]:
     """LoRA branch of a whole forward pass by operator, phase, rank, adapters and tokens, from times of single calls.
 
-    A call on other widths than the measured ones is scaled by the bytes of its activations and factors.
+    A call on other widths than the measured ones is scaled by the columns it writes and reads.
     """
-    calls: dict[tuple, float] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        for row in rows:
-            if row["skew"] == "uniform":
-                key = (row["operator"], row["phase"], int(row["slices"]), int(row["rank"]), int(row["adapters"]))
-                calls[*key, int(row["tokens"])] = float(row["us"])
-    tables: dict[str, dict] = {}
-    square = shape.hidden / 4096
-    qkv = (2 * shape.hidden + shape.kv_hidden) / (3 * 4096)
+    calls = _calls()
+    square = shape.hidden / WIDTH
+    qkv = (2 * shape.hidden + shape.kv_hidden) / (3 * WIDTH)
+    curves: dict[tuple, dict[int, float]] = {}
     for (operator, phase, slices, rank, adapters, tokens), us in sorted(calls.items()):
         if slices != 1:
             continue
-        fused_us = calls.get((operator, phase, 3, rank, adapters, tokens))
-        if operator in FUSES_QKV and fused_us is None:
-            fused_us = 3 * us * _fusing_gain(calls, operator, phase)
-        qkv_us = fused_us if fused_us is not None else 3 * us
-        layer_us = qkv_us * qkv + us * square
+        qkv_us = 3 * us
+        if operator in FUSES_QKV:
+            qkv_us = calls.get((operator, phase, 3, rank, adapters, tokens)) or qkv_us * _fusing_gain(calls, operator, phase)
+        forward_us = shape.layers * (qkv_us * qkv + us * square)
+        curves.setdefault((operator, phase, rank, adapters), {})[tokens] = forward_us
+        if phase == "decode" and tokens == SHARED_TOKENS:
+            curves.setdefault((operator, "prefill", rank, adapters), {}).setdefault(tokens, forward_us)
+    tables: dict[str, dict] = {}
+    for (operator, phase, rank, adapters), curve in sorted(curves.items()):
+        # Fewer rows never cost more: the operator could pad to what was measured faster, or use that variant.
+        rows = sorted(curve, reverse=True)
+        times = accumulate((curve[tokens] for tokens in rows), min)
+        points = [[tokens, round(us, 1)] for tokens, us in zip(rows, times, strict=True)][::-1]
         by_rank = tables.setdefault(operator, {"pads": operator in PADDED}).setdefault(phase, {})
-        by_rank.setdefault(str(rank), {}).setdefault(str(adapters), []).append([tokens, round(shape.layers * layer_us, 1)])
+        by_rank.setdefault(str(rank), {})[str(adapters)] = points
     return tables
+
+
+def _calls() -> dict[tuple, float]:
+    """(operator, phase, slices, rank, adapters, tokens) -> us of one call, uniform segments of WIDTH columns.
+
+    The rivals' decode calls are those of this project's implementations, measured beside ATMM in one run. Of their prefill
+    only a few points were measured so; there the faster of ours and of the released operator counts, point by point.
+    """
+    calls: dict[tuple, float] = {}
+    for path in (OPERATORS, PEERS):
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(line for line in file if not line.startswith("#")):
+                operator = RELEASED.get(row["operator"]) if path == PEERS else row["operator"]
+                slices, tokens = int(row["slices"]), int(row["tokens"])
+                measured = row["skew"] == "uniform" and int(row["d_in"]) == WIDTH and int(row["d_out"]) == slices * WIDTH
+                if not measured or operator not in (*OURS, *RELEASED.values()):
+                    continue
+                key = (operator, row["phase"], slices, int(row["rank"]), int(row["adapters"]), tokens)
+                ours = path == PEERS and row["phase"] == "decode" and operator in OURS
+                if not ours:
+                    calls[key] = min(calls.get(key, math.inf), float(row["us"]))
+    return calls
 
 
 def _fusing_gain(calls: dict[tuple, float], operator: str, phase: str) -> float:
@@ -162,7 +202,7 @@ def analytic_profile(model: str) -> dict:
             "device": "NVIDIA H200 (analytic)",
             "made_by": "python -m sim.analytic",
             "from": "constants measured with plain CUDA graphs of transformers' layers on one H200, torch 2.11.0+cu130; "
-            "LoRA operators as in " + OPERATORS.name,
+            f"LoRA operators as in kernels/results/{OPERATORS.name} and {PEERS.name}",
         },
         "model": model,
         "max_context": shape.max_context,
@@ -182,7 +222,7 @@ def analytic_profile(model: str) -> dict:
         },
         "vision": _vision(shape),
         "output": [[1, round(2 * shape.vocab * shape.hidden / WEIGHTS_BYTES_PER_US, 1)]],
-        "lora": operator_tables(OPERATORS, shape),
+        "lora": operator_tables(shape),
         "switch": {
             way: [[rank, round(us * shape.target_params / LLAVA_7B.target_params, 1)] for rank, us in points]
             for way, points in SWITCH_US.items()
