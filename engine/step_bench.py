@@ -8,6 +8,7 @@ events; the median of the repeats. It measures the engine as `replay` runs it, n
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -25,6 +26,7 @@ from engine.decoder import Decoder
 from engine.graphs import BRANCHED, KINDS, MIXED, PLAIN
 from engine.models import Model, random_model
 from engine.options import TARGETS
+from engine.peft_baseline import peft_step_us
 from engine.prompts import Prompt
 from engine.replay import EngineConfig
 from engine.sequence import Decodes
@@ -138,7 +140,8 @@ class Bench:
         took = events_us(run, repeats)
         runner._chunks = []
         self.release(sequences)
-        linear = 2 * tokens * weights_bytes(self.model) / self.model.dtype.itemsize / took / 1e6
+        layers = weights_bytes(self.model) - self.model.hf.lm_head.weight.nbytes
+        linear = 2 * tokens * layers / self.model.dtype.itemsize / took / 1e6  # of the whole step's time
         return {
             "what": "prefill", "tokens": tokens, "prompts": parts, "adapters": adapters, "us": round(took, 1),
             "linear_tflop_s": round(linear, 1),
@@ -217,6 +220,13 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict]:
     if args.adapters:
         add(bench.switch_us(max(3, args.repeats // 4)))
         add(bench.load_us(max(args.batches), max(3, args.repeats // 4)))
+    if args.peft:
+        shape = {"requests": min(32, max(args.batches)), "context": args.context, "adapters": args.adapters}
+        del bench.runner, bench.engine  # its memory is wanted
+        gc.collect()
+        torch.cuda.empty_cache()
+        took = peft_step_us(model, **shape, rank=max(args.ranks), repeats=5)
+        add({"what": "transformers + PEFT decode", **shape, "us": round(took, 1)})
     return rows
 
 
@@ -231,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--ranks", type=numbers, default=[64])
     parser.add_argument("--targets", choices=TARGETS, default="attention")
+    parser.add_argument("--peft", action="store_true", help="a decode step of transformers and PEFT as well, at last")
     parser.add_argument("--repeats", type=int, default=30)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -206,3 +206,13 @@ def test_a_checkpoint_that_cannot_be_trusted_is_refused(tmp_path, model, change,
     change(tmp_path)
     with pytest.raises(ModelError, match=words):
         load_checkpoint(tmp_path, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_steps_are_timed_on_a_gpu_only(capsys):
+    from engine.step_bench import main as bench
+
+    with pytest.raises(SystemExit) as ended:
+        bench(["--model", "tiny-llava"])
+    assert ended.value.code == 2
+    assert "torch finds no GPU" in capsys.readouterr().err

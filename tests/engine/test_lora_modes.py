@@ -153,3 +153,11 @@ def test_an_unknown_operator_is_named(world, trace):
 
     with pytest.raises(LoraError, match="unknown operator 'atm'; there are atmm"):
         world("tiny-llava", trace(1), operator="atm")
+
+
+def test_the_yardstick_of_peft_runs():
+    from engine.models import random_model
+    from engine.peft_baseline import peft_step_us
+
+    model = random_model("tiny-llava", dtype=torch.float32, device="cpu", seed=1)
+    assert peft_step_us(model, requests=3, context=8, adapters=2, rank=4, repeats=2) > 0
