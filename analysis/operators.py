@@ -14,6 +14,8 @@ from analysis.style import GRID, footer, legend, line, places, plain_log, save, 
 from traces.result_files import ResultError
 
 PAPER = Path(__file__).with_name("paper_operators.csv")
+ABOUT = ("what:", "device:", "date:", "versions:")
+"""Lines of the provenance that a figure repeats."""
 NAMES = {"sglang": "SGLang", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs", "atmm": "valora"}
 """Operators under the colour of the policy that uses them."""
 FIXED = {"rank": 64, "slices": 1, "d_in": 4096, "d_out": 4096, "skew": "uniform"}
@@ -27,13 +29,15 @@ def read(path: str | Path) -> tuple[list[dict], str]:
             lines = file.read().splitlines()
     except (OSError, ValueError) as error:
         raise ResultError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    about = " ".join(line.lstrip("# ").strip() for line in lines if line.startswith("#"))
+    notes = [line.lstrip("# ").strip() for line in lines if line.startswith("#")]
+    about = "; ".join(note for note in notes if note.startswith(ABOUT)) or " ".join(notes)
     body = [(number, line) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     rows = list(csv.DictReader(line for _, line in body))
     for (number, _), row in zip(body[1:], rows, strict=False):
         try:
             row["tokens"], row["us"] = int(row["tokens"]), float(row["us"])
             row["operator"] = str(row["operator"])
+            row["floor_us"] = float(row.get("floor_us") or 0)
         except (KeyError, TypeError, ValueError):
             raise ResultError(f"{path}:{number}: needs the columns operator, tokens and us with numbers") from None
     if not rows:
@@ -48,10 +52,13 @@ def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
     rows = [row for table, _ in tables for row in table]
     shown = _narrowed(rows)
     by_panel: dict[str, dict[str, dict[int, float]]] = {}
+    floors: dict[str, dict[int, float]] = {}
     for row in shown:
         about = [row.get("phase") or "", _plural(row["adapters"]) if row.get("adapters") else ""]
         panel = ", ".join(part for part in about if part) or "measured"
         by_panel.setdefault(panel, {}).setdefault(row["operator"], {})[row["tokens"]] = row["us"]
+        if row["floor_us"]:
+            floors.setdefault(panel, {})[row["tokens"]] = row["floor_us"]
     paper, about = read(PAPER)
     titles = [*by_panel, "Paper, A100: 1 adapter"]
     by_panel[titles[-1]] = {}
@@ -70,6 +77,10 @@ def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
                 look = line(place[NAMES.get(name, name)]) | {"markersize": 3.5}
                 axes.plot(at, [values[t] for t in at], label=name, **look)
                 numbers += [(title, name, t, values[t]) for t in at]
+            floor = sorted(floors.get(title, {}).items())
+            axes.plot(*zip(*floor, strict=True) if floor else ([], []), color="#999999", linewidth=2.5, zorder=0,
+                      label="floor: bytes or flops" if floor else None)  # fmt: skip
+            numbers += [(title, "floor", t, us) for t, us in floor]
             axes.set(xscale="log", yscale="log", title=title, xlabel="Tokens")
             plain_log(axes.xaxis)
             plain_log(axes.yaxis)

@@ -127,6 +127,7 @@ def plain_log(axis, factor: float = 1.0) -> None:
 def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) -> list[Path]:
     """Write PNG, SVG and CSV, each in one piece. Returns the paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
+    _settle(figure)
     paths = []
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         image = io.BytesIO()
@@ -138,6 +139,15 @@ def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) 
     rows.writerows(tuple(format(x, ".10g") if isinstance(x, float) else x for x in row) for row in numbers)
     paths.append(replace(stem.with_suffix(".csv"), text.getvalue().encode()))
     return paths
+
+
+def _settle(figure) -> None:
+    """Lay the figure out once and round the places: the solver's last digits change from run to run, files must not."""
+    figure.draw_without_rendering()
+    places = [(axes, axes.get_position().bounds) for axes in figure.axes]
+    figure.set_layout_engine("none")
+    for axes, bounds in places:
+        axes.set_position([round(value, 4) for value in bounds])
 
 
 def replace(path: Path, content: bytes) -> Path:

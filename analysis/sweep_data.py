@@ -144,8 +144,8 @@ def _last_first(place: tuple[str, ...], names: Sequence[str], changing: dict[str
 def _series(label: str, cells: dict[str, list[float]]) -> Series:
     series = Series(label)
     order = list(cells)
-    if all(number(at) is not None for at in order):
-        order.sort(key=number)
+    if all(number(at) is not None for at in order) or not any(":" in at for at in order):
+        order.sort(key=lambda at: (number(at) is None, number(at) or 0.0))  # stable: names stay as they came
     for at in order:
         mean, half = mean_ci95(cells[at])
         series.x.append(at)
