@@ -66,6 +66,15 @@ def _step_group(q, k, v, live, best, total, acc, IEEE: tl.constexpr):
 
 
 @triton.jit
+def _step(q, k, v, live, best, total, acc, M: tl.constexpr, IEEE: tl.constexpr):
+    if M == 1:
+        best, total, acc = _step_one(q, k, v, live, best, total, acc)
+    else:
+        best, total, acc = _step_group(q, k, v, live, best, total, acc, IEEE)
+    return best, total, acc
+
+
+@triton.jit
 def _partial(
     q_ptr, k_ptr, v_ptr, tables_ptr, lengths_ptr, out_ptr, acc_ptr, sums_ptr, scale, q_stride, table_stride, out_stride,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
@@ -101,18 +110,12 @@ def _partial(
     if LOOP:
         for start in tl.range(first, last, KEYS, num_stages=3):
             k, v, live = _tile(k_ptr, v_ptr, table, start, last, head, HK, D, PAGE, KEYS)
-            if M == 1:
-                best, total, acc = _step_one(q, k, v, live, best, total, acc)
-            else:
-                best, total, acc = _step_group(q, k, v, live, best, total, acc, IEEE)
+            best, total, acc = _step(q, k, v, live, best, total, acc, M, IEEE)
     else:  # the interpreter's range() wants numbers of Python
         start = first
         while start < last:
             k, v, live = _tile(k_ptr, v_ptr, table, start, last, head, HK, D, PAGE, KEYS)
-            if M == 1:
-                best, total, acc = _step_one(q, k, v, live, best, total, acc)
-            else:
-                best, total, acc = _step_group(q, k, v, live, best, total, acc, IEEE)
+            best, total, acc = _step(q, k, v, live, best, total, acc, M, IEEE)
             start += KEYS
     if SPLITS == 1:
         at = out_ptr + request * out_stride + head * GROUP * D
