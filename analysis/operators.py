@@ -59,7 +59,8 @@ def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
         by_panel.setdefault(panel, {}).setdefault(row["operator"], {})[row["tokens"]] = row["us"]
         if row["floor_us"]:
             floors.setdefault(panel, {})[row["tokens"]] = row["floor_us"]
-    paper, about = read(PAPER)
+    paper, _ = read(PAPER)
+    about = "VaLoRA (EuroSys 2025), figure 17, A100-80GB, fp16"
     titles = [*by_panel, "Paper, A100: 1 adapter"]
     by_panel[titles[-1]] = {}
     for row in paper:
@@ -90,7 +91,7 @@ def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
         legend(figure, list(grid.flat), columns=5)
         setting = {key: shown[0][key] for key in FIXED if shown[0].get(key)}
         said = ", ".join(f"{key} {value}" for key, value in setting.items())
-        footer(figure, f"{said}; {'; '.join(text for _, text in tables if text)[:400]}; paper: {about[:160]}")
+        footer(figure, f"{said}; {'; '.join(text for _, text in tables if text)[:400]}; paper: {about}")
         return save(figure, numbers, ("panel", "operator", "tokens", "us"), Path(directory) / "operators")
 
 
@@ -107,7 +108,11 @@ def _narrowed(rows: list[dict]) -> list[dict]:
             rows = [row for row in rows if row.get(key) == str(best)]
     kept = set()
     for phase in dict.fromkeys(row.get("phase") for row in rows):
-        counts = sorted({int(row["adapters"]) for row in rows if row.get("phase") == phase and row.get("adapters")})
-        near = [n for n in counts if n <= 16][-1:] or counts[:1]
-        kept |= {(phase, str(n)) for n in {*counts[:1], *near}}
+        measured: dict[int, set[str]] = {}  # number of adapters -> operators
+        for row in rows:
+            if row.get("phase") == phase and row.get("adapters"):
+                measured.setdefault(int(row["adapters"]), set()).add(row["operator"])
+        several = [n for n in measured if 1 < n <= 16] or list(measured)
+        best = max(several, key=lambda n: (len(measured[n]), n), default=None)
+        kept |= {(phase, str(n)) for n in (min(measured, default=None), best) if n is not None}
     return [row for row in rows if not row.get("adapters") or (row.get("phase"), row["adapters"]) in kept]
