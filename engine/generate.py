@@ -23,7 +23,7 @@ from engine.options import TARGETS
 from engine.peft_format import AdapterError, random_adapter, read_adapter, write_adapter
 from engine.prompts import Prompt
 from engine.replay import Driver, EngineConfig
-from engine.serve import model_of, stopping
+from engine.serve import Signals, model_of
 from policies import make_policy
 from policies.plan import Work
 from policies.view import Limits
@@ -119,15 +119,15 @@ def answer(model: Model, prompt: Prompt, args: argparse.Namespace) -> tuple[list
         kept[0] = engine.runner.sequences[0]
 
     engine.runner.admit = keep
-    with stopping(driver):
+    with Signals() as signals:
+        signals.driver = driver
         driver.run()
     if 0 in engine.runner.answers:
         said = engine.runner.answers[0]
         return _cut(said.tokens, model.shape), said.head, False
     if 0 not in kept or not kept[0].generated:
         raise ModelError(f"the prompt could not be served: {driver.reasons.get(0, 'it does not fit the memory')}")
-    tokens = _cut(kept[0].generated, model.shape)
-    return tokens, None, len(tokens) == len(kept[0].generated)
+    return _cut(kept[0].generated, model.shape), None, signals.asked
 
 
 def with_images(ids: list[int], images: list[torch.Tensor], shape: ModelShape) -> Prompt:

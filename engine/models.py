@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -250,11 +251,30 @@ def load_checkpoint(directory: str | Path, *, dtype: torch.dtype, device: str, a
 
 def load_model(name: str, *, dtype: torch.dtype, device: str, seed: int = 0) -> Model:
     """A name of MODELS with random weights, or a checkpoint directory (anything that is not such a name)."""
-    if name in MODELS:
-        return random_model(name, dtype=dtype, device=device, seed=seed)
-    if not Path(name).is_dir():
+    if name not in MODELS and not Path(name).is_dir():
         raise ModelError(f"{name!r} is neither a directory nor one of {', '.join(MODELS)}; nothing is fetched")
-    return load_checkpoint(name, dtype=dtype, device=device)
+    try:
+        if name in MODELS:
+            _refuse_beyond_memory(name, dtype, device)
+            return random_model(name, dtype=dtype, device=device, seed=seed)
+        return load_checkpoint(name, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{name} does not fit the memory of {device}") from None
+
+
+def _refuse_beyond_memory(name: str, dtype: torch.dtype, device: str) -> None:
+    """ModelError for random weights that a CPU's memory cannot hold: the system would kill the process without a word."""
+    if device != "cpu" or name.startswith("tiny"):
+        return
+    import transformers
+
+    config = config_of(name)
+    with torch.device("meta"):
+        model = getattr(transformers, FAMILIES[config.model_type])(config)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * held:
+        raise ModelError(f"{name} takes {needed} bytes in {dtype} and this machine has {held}; use a GPU, or try tiny-llava")
 
 
 def _frozen(hf: PreTrainedModel) -> PreTrainedModel:

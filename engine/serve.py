@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,18 +58,21 @@ def replay(args: argparse.Namespace) -> int:
     for name, reason in found.reasons.items():
         print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
     print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    results, interrupted = [], False
+    results: list[RunResult] = []
     session = Session(model, config, trace, profile, found)
-    for policy in policies:
-        with Progress(policy.name, len(trace), args.progress) as progress:
-            result, interrupted = session.run(policy, args.warmup, progress)
-        results.append(result)
-        if interrupted:
-            break
-    publish(args, results, [adapter.name for adapter in trace.adapters], goodput)
-    if interrupted:
-        print("interrupted; what had finished is in the result", file=sys.stderr)
-    return 130 if interrupted else 0
+    with Signals() as signals:
+        for policy in policies:
+            with Progress(policy.name, len(trace), args.progress) as progress:
+                result = session.measured(policy, args.warmup, progress, signals)
+            if result is not None:
+                results.append(result)
+            if signals.asked:
+                break
+    if results:
+        publish(args, results, [adapter.name for adapter in trace.adapters], goodput)
+    if signals.asked:
+        print(f"interrupted; {'what had finished is in' if results else 'there was not yet'} a result", file=sys.stderr)
+    return 130 if signals.asked else 0
 
 
 class Session:
@@ -80,8 +82,14 @@ class Session:
         self.model, self.config, self.trace, self.profile, self.found = model, config, trace, profile, found
         self._decoder = Decoder(model)
 
-    def run(self, policy: Policy, warmup: int, progress: Progress) -> tuple[RunResult, bool]:
-        """(the record of one policy, whether a signal ended it)."""
+    def measured(self, policy: Policy, warmup: int, progress: Progress, signals: Signals) -> RunResult | None:
+        """The record of one policy; None if a signal came before its clock started. ModelError where memory ran out."""
+        try:
+            return self._run(policy, warmup, progress, signals)
+        except torch.OutOfMemoryError:
+            raise ModelError(f"policy {policy.name}: the memory does not hold the engine; lower --memory-share") from None
+
+    def _run(self, policy: Policy, warmup: int, progress: Progress, signals: Signals) -> RunResult | None:
         model, config = self.model, self.config
         trace = stripped(self.trace, policy)
         engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config)
@@ -91,13 +99,16 @@ class Session:
             trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
             check_invariants=config.check_invariants, progress=progress.update,
         )  # fmt: skip
-        with stopping(driver):
-            driver.run()
+        if signals.asked:
+            return None
+        signals.driver = driver
+        driver.run()
+        signals.driver = None
         settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
         settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in self.found.reasons.items()]
         result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
-        return result, driver.stop
+        return result
 
 
 def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, requests: int) -> float:
@@ -126,21 +137,27 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
     return time.perf_counter() - began
 
 
-@contextmanager
-def stopping(driver: Driver):
-    """SIGINT and SIGTERM end the run at the next step; a second one kills."""
+class Signals:
+    """A context in which SIGINT and SIGTERM end the run of `driver` at its next step and set `asked`; a second one kills."""
 
-    def stop(number, _frame) -> None:
-        driver.stop = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+    def __init__(self):
+        self.asked = False
+        self.driver: Driver | None = None
+        self._before: dict[int, object] = {}
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _stop(self, number: int, _frame) -> None:
+        self.asked = True
+        if self.driver is not None:
+            self.driver.stop = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
 
 def publish(args: argparse.Namespace, results: Sequence[RunResult], adapters: list[str], goodput: dict[str, float]) -> None:

@@ -216,3 +216,11 @@ def test_steps_are_timed_on_a_gpu_only(capsys):
         bench(["--model", "tiny-llava"])
     assert ended.value.code == 2
     assert "torch finds no GPU" in capsys.readouterr().err
+
+
+def test_weights_beyond_the_memory_are_refused_before_they_are_drawn(monkeypatch):
+    from engine import models
+
+    monkeypatch.setattr(models.os, "sysconf", {"SC_PHYS_PAGES": 1 << 20, "SC_PAGE_SIZE": 4096}.__getitem__)
+    with pytest.raises(models.ModelError, match=r"takes 28\d+ bytes in torch.float32 and this machine has 4294967296"):
+        models.load_model("llava-1.5-7b", dtype=torch.float32, device="cpu")
