@@ -20,6 +20,7 @@ INPUTS = "directories that --output wrote, FILE.jsonl of a sweep, FILE.json of a
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The command line of all three."""
     parser = SuggestingParser("python -m analysis", description="Compare results, draw them, and write a report.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|figures|report")
     compare = commands.add_parser("compare", help="print the policies of one or several results side by side")
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:

@@ -63,6 +63,7 @@ class Answer:
 
 
 def build_parser() -> SuggestingParser:
+    """That of a simulation, with what a search adds."""
     parser = simulator_parser()
     parser.prog = "python -m sim capacity"
     parser.description = "The highest rate each policy sustains under an SLO, or the fewest GPUs for a load."
@@ -254,6 +255,7 @@ def solve(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:

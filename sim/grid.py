@@ -97,10 +97,12 @@ class _Reader:
         self.known = option_names()
 
     def fail(self, node: yaml.Node | None, message: str):
+        """Raise GridError with the place of `node`."""
         where = f":{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node else ""
         raise GridError(f"{self.path}{where}: {message}")
 
     def grid(self, root: yaml.Node | None) -> Grid:
+        """The grid in a document."""
         fixed, axes, variants = {}, {}, {"": {}}
         for key, value in self.pairs(root, "a grid", (*self.known, VARIANTS)):
             if key == VARIANTS:
@@ -120,6 +122,7 @@ class _Reader:
         return grid
 
     def pairs(self, node: yaml.Node | None, what: str, known: tuple[str, ...]) -> Iterator[tuple[str, yaml.Node]]:
+        """(key, value) of a mapping, each key known and there once."""
         if not isinstance(node, yaml.MappingNode) or not node.value:
             self.fail(node, f"{what} is a mapping of options, as in `policy: [valora, slora]`")
         seen = set()
@@ -133,6 +136,7 @@ class _Reader:
             yield key, value
 
     def variants(self, node: yaml.Node) -> dict[str, dict[str, str]]:
+        """name -> options."""
         if not isinstance(node, yaml.SequenceNode) or not node.value:
             self.fail(node, "variants are a list of mappings, each with a name, as in `- {name: full}`")
         found: dict[str, dict[str, str]] = {}
@@ -149,6 +153,7 @@ class _Reader:
         return found
 
     def axis(self, key: str, node: yaml.SequenceNode) -> list[str]:
+        """The values of a list, none twice."""
         values = []
         for item in node.value:
             text = self.text(key, item)
@@ -160,6 +165,7 @@ class _Reader:
         return values
 
     def scalar(self, key: str, node: yaml.Node) -> str:
+        """One value as it is written."""
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, f"{key}: expected one value, or a flat list of them")
         return node.value
@@ -176,6 +182,7 @@ class _Reader:
         return text
 
     def prove(self, key: str, text: str) -> None:
+        """Raise ValueError for a value that the option can never have."""
         if key == "policy-option":  # needs its policy; `Grid.cells` proves it
             return
         try:

@@ -28,6 +28,7 @@ SAY_EVERY_S = 10.0
 
 
 def build_parser() -> SuggestingParser:
+    """The command line of a sweep."""
     parser = SuggestingParser("python -m sim sweep", description="Run a grid of simulations; what has run is not run again.")
     add = parser.add_argument
     add("grid", metavar="GRID.yaml", help="options of `python -m sim` without their dashes; lists are crossed")
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:

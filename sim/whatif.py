@@ -233,6 +233,7 @@ def _section(title: str, words: list[str]) -> list[str]:
 
 
 def build_parser() -> SuggestingParser:
+    """That of a simulation."""
     parser = simulator_parser()
     parser.prog = "python -m sim whatif"
     parser.description = "How many adapters fit, what a cold start costs, which adapters to merge: an answer in words."
@@ -241,6 +242,7 @@ def build_parser() -> SuggestingParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
