@@ -11,6 +11,7 @@ from kernels.target import INTERPRETED, has_dependent_launch  # isort: skip  (be
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -19,9 +20,11 @@ from triton.runtime.errors import OutOfResources
 from kernels import branch
 from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 from kernels.launch import Launch, argument
-from kernels.tiles import Shape, Tiling, default, lookup
+from kernels.tiles import Shape, Tiling, default, lookup, steadier
 
 MAX_PLANS = 4096
+LONG = 512
+"""Tokens from which a step's row tiles are counted before a tiling is chosen."""
 
 
 def atmm(
@@ -35,6 +38,8 @@ def atmm(
     """
     layer, name = key
     shape_key = (name, batch.tokens, batch.adapters, batch.rank, batch.merged >= 0)
+    if batch.tokens >= LONG:  # how the rows fall to tiles may change the choice
+        shape_key += (batch.tiles(64), batch.tiles(128))
     shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
     plan = batch.plans.get(shape_key)
     if plan is None or not 0 <= layer < pool.layers:
@@ -68,9 +73,13 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     projection, mixture = pool.projections[name], batch.merged >= 0
     rank = max(16, triton.next_power_of_2(batch.rank))
     shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.adapters)
-    wanted = [tiling] if tiling else [lookup(shape), lookup(shape, meeting=False), default(shape)]
     strides = (x.stride(0), y.stride(0))
-    tiling, runs = _first_that_fits(wanted, shape, pool, mixture=mixture, strides=strides)
+    make = partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides)
+    if tiling:
+        tiling = fitting(tiling, mixture=mixture)
+        runs = [launch.bind(pool.device) for launch in make(tiling)]
+    else:
+        tiling, runs = _choose(make, shape, batch)
     a, b = _layers(pool.a[name]), _layers(pool.b[name])
     route, perm = argument(batch.routes[tiling.rows]), argument(batch.perm)
     if tiling.form == "one":
@@ -90,20 +99,35 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     return run_two
 
 
-def _first_that_fits(tilings: list[Tiling], shape: Shape, pool: LoraPool, *, mixture: bool, strides: tuple[int, int]):
-    """(tiling, bound launches) of the first tiling that the device can run; OutOfResources of the last if none.
+def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, list[Callable]]:
+    """(tiling, its bound launches): the table's, unless it does not fit this step, then a near one that does.
 
-    What was tuned for a neighbour may be too large here, or have more programs than can wait for one another.
+    What was tuned for a neighbour may be too large, or have more programs than can wait for one another. And where
+    uneven shares need more row tiles than the table's equal ones, a last few programs can cost a round of their own.
     """
-    for left, tiling in enumerate(tilings, 1 - len(tilings)):
+    mixture, near = batch.merged >= 0, lookup(shape.rounded())
+    fits = []
+    for tiling in (near, steadier(near), lookup(shape.rounded(), meeting=False), default(shape)):
+        if fits and tiling != steadier(near):
+            break
         chosen = fitting(tiling, mixture=mixture)
-        launches = resolve(shape, chosen, pool.dtype, mixture=mixture, strides=strides)
+        launches = make(chosen)
         try:
-            return chosen, [launch.bind(pool.device) for launch in launches]
+            fits.append((chosen, [launch.bind(batch.pool.device) for launch in launches]))
         except OutOfResources:
-            if not left:
-                raise
-    raise AssertionError("there is always a tiling to try")
+            continue
+        if INTERPRETED or shape.tokens < LONG or not _another_round(launches[0], chosen.rows, shape, batch):
+            return fits[-1]
+    if not fits:
+        raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
+    return fits[0]
+
+
+def _another_round(launch: Launch, rows: int, shape: Shape, batch: LoraBatch) -> bool:
+    """Whether this step's row tiles need more rounds of resident programs than equal shares would, up to four."""
+    even = shape.adapters * -(-shape.tokens // (shape.adapters * rows))
+    rounds = [-(-launch.grid[0] * tiles // launch.places) for tiles in (even, batch.tiles(rows))]
+    return rounds[0] < min(rounds[1], 4)
 
 
 def _layers(tensor: torch.Tensor) -> list:
@@ -123,7 +147,9 @@ def fitting(tiling: Tiling, *, mixture: bool) -> Tiling:
     return replace(tiling, form="two", split=split, span=1, expand_rows=tiling.rows, expand_warps=tiling.warps)
 
 
-def resolve(shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int]) -> list[Launch]:
+def resolve(
+    shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int]
+) -> list[Launch]:
     """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form."""
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, d_out = len(shape.widths), sum(shape.widths)

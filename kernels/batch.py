@@ -208,6 +208,7 @@ class LoraBatch:
         }
         self.tokens, self.adapters, self.rank, self.merged = 0, 0, RANK_ALIGN, -1
         self.host_index = np.empty(0, np.int32)
+        self._rows, self._tiles = np.empty(0, np.int64), {}  # rows of each group; tiles by their height, once asked for
         # of programs that meet, by how many they are: a count is always a multiple of that between two launches
         counters = torch.zeros(7, 3 * len(self.routes[TILE_ROWS[0]]), dtype=torch.int32, device=device)
         self.counters = {2**power: row for power, row in enumerate(counters)}
@@ -227,6 +228,14 @@ class LoraBatch:
         groups = min(groups, tokens)
         return (tokens - groups) // tile_rows + groups
 
+    def tiles(self, tile_rows: int) -> int:
+        """Row tiles of this height that the step needs; the most it may need where the shape is fixed for a graph."""
+        if self._fixed:
+            return self.tile_bound(tile_rows, self.tokens, self.adapters)
+        if tile_rows not in self._tiles:
+            self._tiles[tile_rows] = int((-(-self._rows // tile_rows)).sum())
+        return self._tiles[tile_rows]
+
     def fix(self, tokens: int, adapters: int, rank: int) -> None:
         """Pin the shape that operators see (for the capture of a CUDA graph); `update` then rejects what exceeds it."""
         if not 1 <= tokens <= self.max_tokens:
@@ -241,9 +250,10 @@ class LoraBatch:
         LoraError, before anything is changed, for too many rows, a slot out of range or empty, or a shape over `fix`.
         """
         index = np.ascontiguousarray(index, dtype=np.int32)
-        shape = self._checked(index, merged)
+        shape, counts = self._checked(index, merged)
         self.tokens, self.adapters, self.rank = self._fixed or shape
         self.merged, self.host_index = merged, index
+        self._rows, self._tiles = counts, {}
         self.__dict__.pop("segments", None)
         staged = np.empty(2 + len(index), np.int32)
         staged[:2], staged[2:] = (len(index), merged), index
@@ -252,8 +262,8 @@ class LoraBatch:
         if route:
             self.route()
 
-    def _checked(self, index: np.ndarray, merged: int) -> tuple[int, int, int]:
-        """(tokens, adapters, rank) of a valid step; LoraError otherwise."""
+    def _checked(self, index: np.ndarray, merged: int) -> tuple[tuple[int, int, int], np.ndarray]:
+        """(tokens, adapters, rank) of a valid step, and the rows of each group with a branch; LoraError otherwise."""
         if index.ndim != 1 or len(index) > self.max_tokens:
             raise LoraError(f"index has shape {index.shape}, expected at most ({self.max_tokens},)")
         if not -1 <= merged < self.pool.slots:
@@ -270,12 +280,15 @@ class LoraBatch:
         if not all(ranks):
             slot = next(slot for slot in (*used, merged) if not self.pool.ranks[slot])
             raise LoraError(f"slot {slot} holds no adapter; load one with put({slot}, ...) first")
-        groups = len(used) if merged < 0 else len([s for s in used if s != merged]) + bool(counts[0])
+        if merged >= 0:
+            counts[merged + 1] = 0
+        rows = counts[0 if merged >= 0 else 1 :]
+        groups = int(np.count_nonzero(rows))
         rank = max(ranks, default=RANK_ALIGN)
         shape = (len(index), groups, rank)
         if self._fixed and any(have > room for have, room in zip(shape, self._fixed, strict=True)):
             raise LoraError(f"(tokens, adapters, rank) {shape} exceeds {self._fixed}, for which this batch was fixed")
-        return shape
+        return shape, rows
 
     def route(self) -> None:
         """Sort and tile the rows on the device: one kernel, no synchronisation; may be captured in a graph."""

@@ -9,10 +9,13 @@ from kernels.target import INTERPRETED  # isort: skip
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
+
+_LOADED: dict[str, object] = {}
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Launch:
     warps: int = 4
     resident: bool = False
 
-    @property
+    @cached_property
     def code(self) -> str:
         """What decides the machine code: all but the grid."""
         return f"{self.kernel.__name__} {sorted(self.constants.items())} {self.types} {self.warps}"
@@ -40,16 +43,39 @@ class Launch:
         options = {"num_warps": self.warps} | ({"launch_pdl": True} if self.constants.get("PDL") else {})
         return self.kernel.warmup(*arguments, grid=self.grid, **self.constants, **options)
 
+    def load(self):
+        """The compiled kernel with its module on the device. OutOfResources where it does not fit, each time."""
+        kernel = _LOADED.get(self.code)
+        if kernel is None:
+            kernel = self.compile()
+            kernel._init_handles()
+            _LOADED[self.code] = kernel
+        return kernel
+
+    @property
+    def places(self) -> int:
+        """How many of its programs the device holds at once: by shared memory, registers and threads."""
+        kernel = self.load()
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        threads = 32 * self.warps
+        registers = -(-kernel.n_regs // 8) * 8 * threads
+        by_shared = device.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
+        a_processor = min(by_shared, 65536 // registers, device.max_threads_per_multi_processor // threads, 32)
+        return a_processor * _processors()
+
     def bind(self, device: torch.device) -> Callable:
         """A function of the run-time arguments (`argument` of each tensor, in the kernel's order) that launches it.
 
         It calls the compiled kernel's launcher directly: Triton's own way costs the host several times more.
+        OutOfResources if programs that wait for one another do not all fit at once with half the places to spare, for
+        another kernel's programs, on another stream or launched early, may hold theirs.
         """
         if INTERPRETED:
             return lambda *arguments: self.kernel[self.grid](*arguments, **self.constants)
-        compiled = self.compile()
-        compiled._init_handles()  # loads the module; OutOfResources where it does not fit, each time
-        self._check_residence(compiled)
+        compiled = self.load()
+        programs = self.grid[0] * self.grid[1]
+        if self.resident and programs > max(self.places // 2, _processors()):
+            raise OutOfResources(programs, self.places, "resident programs")
         run = compiled.run
         before = (*self.grid, 1)
         scratch, metadata, hooks = (None, None), (compiled.packed_metadata, None), (None, None)
@@ -62,21 +88,9 @@ class Launch:
 
         return launch_now
 
-    def _check_residence(self, compiled) -> None:
-        """OutOfResources if the grid's programs wait for one another and do not all fit at once, with half to spare.
 
-        The spare half is for another kernel's programs, on another stream or launched early, that hold their places.
-        """
-        if not self.resident:
-            return
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        threads = 32 * self.warps
-        registers = -(-compiled.n_regs // 8) * 8 * threads
-        by_shared = device.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024)
-        places = min(by_shared, 65536 // registers, device.max_threads_per_multi_processor // threads, 32)
-        grid, room = self.grid[0] * self.grid[1], places * device.multi_processor_count
-        if 2 * grid > room and grid > device.multi_processor_count:
-            raise OutOfResources(grid, room, "resident programs")
+def _processors() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def argument(tensor: torch.Tensor):

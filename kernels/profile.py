@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
+from collections import Counter
 from pathlib import Path
 
 from kernels import results
@@ -21,7 +23,8 @@ WIDTH = 4096
 def write_profile(source: Path, out: Path) -> int:
     """Write the rows of `source` that a latency table is made of; how many. LoraError if there are none, or wrong ones.
 
-    The static ablation is no operator that anyone would serve with, so it is left out.
+    Left out: the static ablation, which nobody would serve with, and operators not measured at every square point (a
+    benchmark cut short), of which a table would be full of holes; stderr names those.
     """
     rows = [
         row for row in results.read(source)
@@ -32,6 +35,11 @@ def write_profile(source: Path, out: Path) -> int:
     wrong = next((row for row in rows if not row.error < 1e-2), None)
     if wrong:
         raise LoraError(f"{source}: {wrong.operator} is wrong by {wrong.error} at {wrong.point}; no time of it counts")
+    wanted = Counter(row.operator for row in rows if row.slices == 1)
+    partial = {name for name in {row.operator for row in rows} if wanted[name] < max(wanted.values())}
+    if partial:
+        print(f"left out, not measured at every point: {', '.join(sorted(partial))}", file=sys.stderr)
+    rows = [row for row in rows if row.operator not in partial]
     about = results.header(source)
     part = out.with_suffix(out.suffix + ".part")
     with part.open("w", newline="") as file:

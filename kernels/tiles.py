@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from math import log2
 from pathlib import Path
@@ -64,6 +64,12 @@ class Shape:
     tokens: int
     adapters: int
 
+    def rounded(self) -> Shape:
+        """The same with tokens rounded to a quarter of a power of two, so that lookups repeat from step to step."""
+        if self.tokens <= 16:
+            return self
+        return replace(self, tokens=round(2 ** (round(4 * log2(self.tokens)) / 4)))
+
     def distance(self, other: Shape) -> float:
         """Log2 distance; widths and slices weigh more than tokens, rank most (tiles are cut for it)."""
         mine, theirs = sum(self.widths), sum(other.widths)
@@ -88,6 +94,13 @@ def default(shape: Shape) -> Tiling:
     rows = 64 if shape.rank <= 128 else 32
     split = 1 if shape.tokens >= 4096 else 4
     return Tiling(rows=rows, expand_rows=rows, k_block=min(64, k_block), split=split, n_block=128, stages=4)
+
+
+def steadier(tiling: Tiling) -> Tiling:
+    """A neighbour with smaller programs, of which more fit at once: uneven rows then cost it no further round."""
+    if tiling.form == "one":
+        return Tiling("two", 64, 128, 1, 4, 3, 64, 128, 8, 4, 3)
+    return replace(tiling, k_block=max(64, tiling.k_block // 2)) if tiling.form == "two" else tiling
 
 
 def load(path: Path) -> dict[Shape, Tiling]:

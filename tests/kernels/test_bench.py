@@ -1,0 +1,123 @@
+"""Points, result files, the verdict on them and the simulator's table, from rows made up here."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kernels import results, verdict
+from kernels.__main__ import main
+from kernels.batch import LoraError
+from kernels.profile import write_profile
+from kernels.results import Row
+from kernels.timing import Point
+
+OURS = Row("atmm", "decode", 4096, 4096, 1, 8, 8, 64, "uniform", 4.0, 2.0, 1e-3)
+
+
+def test_a_point_is_bound_by_its_bytes():
+    point = Point("decode", 4096, (4096,), 8, 8, 64)
+    moved = 2 * (8 * 3 * 4096 + 8 * 64 * 2 * 4096)
+    assert point.floor_us == pytest.approx(moved / 4.3e12 * 1e6)
+
+
+@pytest.mark.parametrize(
+    ("skew", "tokens", "adapters", "counts"),
+    [
+        ("uniform", 10, 4, [3, 3, 2, 2]),
+        ("skew60", 100, 4, [60, 14, 13, 13]),
+        ("skew60", 8, 8, [1] * 8),
+        ("short", 64, 3, [32, 16, 16]),
+    ],
+)
+def test_rows_fall_to_adapters_as_the_skew_says(skew, tokens, adapters, counts):
+    index = Point("prefill", 64, (64,), tokens, adapters, 16, skew).index()
+    assert np.bincount(index).tolist() == counts
+    with pytest.raises(LoraError, match="skew 'odd'"):
+        Point("prefill", 64, (64,), 8, 4, 16, "odd").index()
+
+
+def test_rows_survive_the_file(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows = [OURS, replace(OURS, operator="slora", us=7.5, error=2e-3)]
+    results.write(path, rows, {"device": "a GPU", "versions": "torch 2: 11"})
+    assert results.read(path) == rows
+    assert results.header(path) == {"device": "a GPU", "versions": "torch 2: 11"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("4.000", "fast", "line 3: us 'fast' is no float"),
+        ("8,8,64", "8,64", "line 3: 11 values, expected 12"),
+        ("operator", "op", "the columns are not"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, old, new, says):
+    path = tmp_path / "rows.csv"
+    results.write(path, [OURS], {"device": "a GPU"})
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(LoraError, match=says):
+        results.read(path)
+    with pytest.raises(LoraError, match="does not exist"):
+        results.read(tmp_path / "none.csv")
+
+
+def test_the_verdict_counts_wins_losses_and_wrong_rows():
+    slow, lost = replace(OURS, tokens=16, us=10.0), replace(OURS, operator="rival", tokens=16, us=5.0)
+    rows = [
+        OURS, slow, lost,
+        replace(OURS, operator="rival", us=8.0),
+        replace(OURS, operator="cheat", us=1.0, error=0.5),
+        replace(OURS, operator="atmm-static", us=6.0),
+        replace(OURS, skew="skew60", us=4.4),
+    ]  # fmt: skip
+    said = verdict.lines(rows, [replace(OURS, operator="peer", us=6.0)])
+    for line in (
+        "7 rows at 3 points; 1 wrong by 1e-2 or more",
+        "decode, 1 slices: 3.16x the floor over 2 points (goal 4.5)",
+        "decode, 1 slices, uniform: no slower than a rival measured here at 1 of 2 points, 1.00x the fastest's speed",
+        "  lost: 16 tokens, 8 adapters, rank 64: 10.00 us, rival 5.00",
+        "decode, 1 slices, uniform: no slower than a peer's own operator (peers file) at 1 of 1 points, "
+        "1.50x the fastest's speed",
+        "skew60, decode: 1.100x uniform, most 1.10x, 1 points",
+        "adaptive tiling, decode, up to 16 rows an adapter, rank from 64: 1.50x the one static tiling (most 1.50) "
+        "at 1 points",
+        "8 tokens, 8 adapters, 1 slices, rank 64: 4.00 us (goal 4.0, floor 2.00)",
+    ):
+        assert line in said, line
+
+
+def test_the_papers_ratio_is_of_sums():
+    one = replace(OURS, adapters=1)
+    rows = [one, replace(one, tokens=64, us=6.0)]
+    rows += [replace(row, operator="slora", us=3 * row.us) for row in rows]
+    assert any(line.startswith("slora (measured here): 3.00x our latency summed over [8, 64] tokens")
+               for line in verdict.lines(rows, []))  # fmt: skip
+
+
+def test_the_simulators_table_leaves_out_what_is_partial_or_wrong(tmp_path, capsys):
+    source, out = tmp_path / "rows.csv", tmp_path / "table.csv"
+    rows = [OURS, replace(OURS, tokens=16), replace(OURS, operator="slora"), replace(OURS, operator="atmm-static")]
+    results.write(source, [*rows, replace(OURS, skew="short"), replace(OURS, d_in=3584)], {"device": "a GPU"})
+    assert write_profile(source, out) == 2
+    assert out.read_text().splitlines()[-2:] == [
+        "atmm,decode,4096,4096,1,8,8,64,uniform,4.00",
+        "atmm,decode,4096,4096,1,16,8,64,uniform,4.00",
+    ]
+    assert "slora" in capsys.readouterr().err
+    results.write(source, [replace(OURS, error=0.3)], {})
+    with pytest.raises(LoraError, match=r"wrong by 0\.3"):
+        write_profile(source, out)
+
+
+def test_the_command_line_says_what_it_cannot_do(tmp_path, capsys):
+    assert main(["verdict", str(tmp_path / "none.csv")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_the_committed_results_carry_their_origin_and_are_right():
+    for name in ("operators_h200.csv", "peers_h200.csv"):
+        about = results.header(results.FOLDER / name)
+        assert {"what", "device", "versions", "command"} <= set(about), name
+        assert all(row.error < 1e-2 for row in results.read(results.FOLDER / name)), name
