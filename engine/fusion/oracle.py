@@ -54,7 +54,7 @@ class Runs:
         return self.folder / f"{kind}-{len(task.domains)}-{name}"
 
     def own_task(self, name: str) -> Task:
-        return Task((name,), (name,), self.recipe.cap(1))
+        return Task((name,), (name,), self.recipe.steps_of(self.bench.domain(name)))
 
     def train_decoded(self, name: str) -> Path:
         """The domain's own adapter without a head, which decodes its answer, trained as long; its folder."""
@@ -108,11 +108,12 @@ class TrainingOracle:
         return self.runs.own_path(order[0]) if len(order) == 1 else self.runs.path(self.kind, self._task(order))
 
     def _task(self, order: tuple[str, ...]) -> Task:
+        bench, recipe = self.runs.bench, self.runs.recipe
         floors = {name: self.runs.floors[name] for name in order}
         if self.kind == JOINT:
-            return Task(order, order, self.runs.recipe.cap(len(order)), floors)
+            return Task(order, order, recipe.cap([bench.domain(name) for name in order]), floors)
         known = floors if self.kind == SEQUENCE_EARLY else None
-        return Task(order, order[-1:], self.runs.recipe.steps, known, self.path(order[:-1]))
+        return Task(order, order[-1:], recipe.steps_of(bench.domain(order[-1])), known, self.path(order[:-1]))
 
     def attempt(self, order: tuple[str, ...]) -> Attempt:
         """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it."""

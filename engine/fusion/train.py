@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from engine.fusion import checkpoint
+from engine.fusion.domains import Domain
 from engine.fusion.evaluate import evaluate
 from engine.fusion.metrics import Score
 from engine.fusion.task_heads import NAMES_FILE, Head, write_head
@@ -32,6 +33,8 @@ from engine.heads import FILE
 
 RESULT, CHECKPOINT, ADAPTER = "result.json", "training.safetensors", "adapter"
 WARMUP_STEPS = 20
+DETECT_STEPS = 3
+"""Queries that compete for boxes learn slowly (DETR trains ten times as long as its predecessors)."""
 REPLAY = 0.15
 """Turns of a domain above its floor, against 1 for the one furthest below."""
 EXTRA_SHARE = 3.0
@@ -45,7 +48,8 @@ MATH_ATTENTION_BELOW = 1024
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps: of one domain. check_every: steps between evaluations of the decide split (and checkpoints), of few domains.
+    """steps: of one domain, DETECT_STEPS times as many for boxes of a head. check_every: steps between evaluations of the
+    decide split (and checkpoints), where there are few domains.
 
     patience: a run over several domains ends after so many checks without one more floor held, or the worst one nearer.
     """
@@ -64,9 +68,14 @@ class Recipe:
         """Steps between the checks of a run over so many domains: evaluating many must not outweigh the training."""
         return self.check_every * (1 + domains // 6)
 
-    def cap(self, domains: int) -> int:
-        """The most steps of a run over so many domains at once."""
-        return round(self.steps * (EXTRA_SHARE + domains) / (EXTRA_SHARE + 1))
+    def steps_of(self, domain: Domain) -> int:
+        """Optimizer steps of the domain's own adapter."""
+        return self.steps * DETECT_STEPS if domain.boxed and domain.head else self.steps
+
+    def cap(self, domains: Sequence[Domain]) -> int:
+        """The most steps of a run over these domains at once."""
+        mean = sum(map(self.steps_of, domains)) / len(domains)
+        return round(mean * (EXTRA_SHARE + len(domains)) / (EXTRA_SHARE + 1))
 
 
 @dataclass(frozen=True)
