@@ -74,6 +74,8 @@ class PageCache:
     def trim(self, table: PageTable, tokens: int) -> None:
         """Give back what lies behind the first `tokens` tokens: a step that was prepared and called off."""
         keep = -(-tokens // self.page_tokens)
+        if keep == len(table.pages):
+            return
         self._free += [page for page, own in zip(table.pages[keep:], table.own[keep:], strict=True) if own]
         del table.pages[keep:], table.own[keep:]
 

@@ -79,6 +79,11 @@ class Lora:
         for adapter in [slot for slot, rank in enumerate(self.pool.ranks) if rank]:
             self.pool.release(adapter)
 
+    @property
+    def folded(self) -> int:
+        """The adapter whose weights are folded in, -1 for none."""
+        return self.switch.merged if self.switch is not None else -1
+
     def fold(self, adapter: int) -> None:
         """Make the weights those of `adapter` (-1: the plain ones); nothing if they are."""
         if self.switch is not None:

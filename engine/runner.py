@@ -121,8 +121,9 @@ class Runner:
         if not plan.decodes and not plan.prefills:
             return
         self._places.clear()
-        with self._timed("switch"):
-            self.lora.fold(plan.merged)
+        if plan.merged != self.lora.folded:
+            with self._timed("switch"):
+                self.lora.fold(plan.merged)
         for request, tokens in plan.prefills:
             sequence = self.sequences[request]
             if sequence.table is None:
@@ -176,6 +177,7 @@ class Runner:
         """After the ledger's commit of `steps` steps, all of them collected."""
         for sequence in self._decodes.sequences:
             sequence.kv += steps
+            self.cache.trim(sequence.table, sequence.kv)  # a step more may have been prepared and not found memory
         for sequence, tokens in self._chunks:
             sequence.kv += tokens
         for sequence in self._finishing:

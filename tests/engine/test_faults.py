@@ -126,6 +126,29 @@ def test_out_of_memory_shrinks_the_batch_and_goes_on(world, trace):
     assert status_of(w)[1] == [COMPLETED] * 10
 
 
+@pytest.mark.parametrize("every", [3, 5])
+def test_out_of_memory_at_any_step_loses_no_token(world, trace, every):
+    """Now the first step of a lease finds no memory, now a later one, whose pages were prepared already."""
+    requests = trace(8, images=1, output=40, span_ns=100)
+    expected = world("tiny-llava", requests, limits=(8, 2048, 256)).run()
+    w = world("tiny-llava", requests, limits=(8, 2048, 256))
+    calls = []
+
+    class Sometimes:
+        def __getattr__(self, name):
+            return getattr(w.decoder, name)
+
+        def forward(self, *rest):
+            calls.append(w.ledger.limits)
+            if len(calls) % every == 0 and len(calls) < 40:
+                raise torch.OutOfMemoryError("made up")
+            return w.decoder.forward(*rest)
+
+    w.runner.decoder = Sometimes()
+    assert w.run() == expected
+    assert len(calls) > 40
+
+
 def test_no_memory_at_all_fails_the_requests_and_ends(world, trace):
     w = world("tiny-llava", trace(3, images=0, output=3), limits=(2, 32, 256))
 
