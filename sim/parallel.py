@@ -6,6 +6,7 @@ nothing of what a run is.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -72,7 +73,8 @@ def on_ray(task: Callable[[Any, Any], Outcome], address: str, shared: Callable[[
 
     try:
         # The cluster runs this version of the program, whatever is installed there.
-        ray.init(address=address, log_to_driver=False, runtime_env={"py_modules": [traces, policies, sim]})
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING,
+                 runtime_env={"py_modules": [traces, policies, sim]})  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"--ray {address}: no cluster answers ({error}); start one with `ray start --head`") from None
     remote = ray.remote(max_retries=2)(task)

@@ -34,7 +34,9 @@ def build_parser() -> SuggestingParser:
     add("grid", metavar="GRID.yaml", help="options of `python -m sim` without their dashes; lists are crossed")
     add("--output", metavar="FILE.jsonl", help="log of results, gone on with where it is there (default: GRID.jsonl)")
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
-    add("--ray", metavar="ADDRESS", help="run on a Ray cluster instead: `auto`, or the address `ray start --head` printed")
+    add("--ray", metavar="ADDRESS",
+        help="run on a Ray cluster instead: `auto`, or the address that `ray start --head` printed; a profile given as a file "
+        "must lie on every node")  # fmt: skip
     add("--metrics", default=",".join(METRICS), metavar="NAME,...", help="columns of the table (default %(default)s)")
     add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr")
     add("--dry-run", action="store_true", help="only say how many runs there are and how many are left")
