@@ -69,23 +69,23 @@ def packed(weights: AdapterWeights, projections: dict[str, Projection], layers: 
     return HostAdapter(weights.name, weights.rank, weights.scale, weights.digest, data)
 
 
-def random_packed(name: str, rank: int, projections: dict[str, Projection], layers: int, dtype: torch.dtype, *,
+def random_packed(name: str, rank: int, projections: dict[str, Projection], layers: int, block: torch.Tensor, *,
                   pinned: bool, rng: np.random.Generator) -> HostAdapter:
     """A host copy with normal factors, scaled as `random_adapter` does it, without the detour over PEFT's layout.
 
-    The numbers come from one drawn block, read on from a new place for each piece: hundreds of adapters take seconds.
+    block: many normal numbers of the model's type, read on from a new place for each piece, so that hundreds of adapters
+    take seconds.
     """
     pieces = _pieces(projections, layers, rank)
-    data = torch.zeros(sum(torch.Size(size).numel() for _, _, size in pieces), dtype=dtype, pin_memory=pinned)
-    block = torch.from_numpy(rng.standard_normal(1 << 20, np.float32))
+    data = torch.zeros(sum(torch.Size(size).numel() for _, _, size in pieces), dtype=block.dtype, pin_memory=pinned)
     for projection, half, view in _parted(data, pieces):
-        start = int(rng.integers(len(block)))
         scale = projections[projection].d_in ** -0.5 if half == "a" else EFFECT * rank**-0.5
-        shifted = torch.cat([block[start:], block[:start]]).mul_(scale).to(dtype)
         flat = view.view(-1)
-        for done in range(0, len(flat), len(block)):
-            part = flat[done : done + len(block)]
-            part.copy_(shifted[: len(part)])
+        done, start = 0, int(rng.integers(len(block)))
+        while done < len(flat):
+            part = block[start : start + len(flat) - done]
+            torch.mul(part, scale, out=flat[done : done + len(part)])
+            done, start = done + len(part), 0
         (view[:, :, rank:] if half == "a" else view[:, rank:]).zero_()  # the padding of the rank
     return HostAdapter(name, rank, 2.0, f"random:{name}:{rank}", data)
 

@@ -38,6 +38,7 @@ CPU_PAGES = 1024
 RANDOM_CLASSES = 101
 """Classes of a made-up task head, as many as UCF-101 has."""
 ADAPTER_STREAM = 5
+RANDOM_BLOCK = 1 << 20
 
 
 @dataclass
@@ -55,6 +56,8 @@ def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[st
     found = Adapters([], [], {})
     shape, pinned = model.shape, model.device.type == "cuda"
     projections = projections_of(shape, targets)
+    block = torch.from_numpy(np.random.default_rng([seed, ADAPTER_STREAM]).standard_normal(RANDOM_BLOCK, np.float32))
+    block = block.to(model.dtype)
 
     def keep(weights: AdapterWeights) -> None:
         found.hosts.append(packed(weights, projections, shape.layers, model.dtype, pinned=pinned))
@@ -63,7 +66,7 @@ def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[st
         if root is None:
             rng = np.random.default_rng([seed, ADAPTER_STREAM, number])
             found.hosts.append(
-                random_packed(adapter.name, adapter.rank, projections, shape.layers, model.dtype, pinned=pinned, rng=rng)
+                random_packed(adapter.name, adapter.rank, projections, shape.layers, block, pinned=pinned, rng=rng)
             )
             head = random_head(shape, RANDOM_CLASSES, torch.Generator().manual_seed(seed + number))
             found.heads.append(TaskHead(head["classes.weight"], head["classes.bias"]))

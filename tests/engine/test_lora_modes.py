@@ -161,3 +161,20 @@ def test_the_yardstick_of_peft_runs():
 
     model = random_model("tiny-llava", dtype=torch.float32, device="cpu", seed=1)
     assert peft_step_us(model, requests=3, context=8, adapters=2, rank=4, repeats=2) > 0
+
+
+def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace):
+    """More adapters than the pool holds at once: evictions and reloads into the same rows change no answer."""
+    import dataclasses
+
+    from traces.request import Adapter
+
+    adapters = tuple(Adapter(f"lora-{i:03d}", (1, 3, 8, 17, 64)[i % 5]) for i in range(200))
+    asked = np.random.default_rng(0).integers(0, 200, 60).astype(np.int32)
+    asked[30:] = asked[:30]  # everybody comes twice
+    requests = dataclasses.replace(trace(60, images=0, output=3, span_ns=60_000_000), adapters=adapters, adapter=asked)
+    expected = world("tiny-llava", requests, pages=4000).run()
+    w = world("tiny-llava", requests, pages=60)
+    assert w.run() == expected
+    assert w.ledger.journal.counters["adapter_evictions"] > 10
+    assert w.ledger.journal.counters["adapter_loads"] > len(set(asked.tolist()))
