@@ -19,7 +19,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -73,8 +73,8 @@ def _said(name: str, axes: dict[str, str]) -> str:
     return ", ".join([*([name] if name else []), *(f"{key} {value}" for key, value in axes.items())]) or "the one run"
 
 
-def read_grid(path: str | Path) -> Grid:
-    """The grid in a YAML file. Raises GridError."""
+def read_grid(path: str | Path, instead: dict[str, str] | None = None) -> Grid:
+    """The grid in a YAML file; options in `instead` have one value, whatever the file says. Raises GridError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -87,7 +87,9 @@ def read_grid(path: str | Path) -> Grid:
         raise GridError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from None
     except RecursionError:
         raise GridError(f"{path}: nested too deeply for a grid") from None
-    return _Reader(str(path)).grid(root)
+    grid = _Reader(str(path)).grid(root)
+    axes = {name: values for name, values in grid.axes.items() if name not in (instead or {})}
+    return replace(grid, fixed=grid.fixed | (instead or {}), axes=axes)
 
 
 class _Reader:

@@ -32,11 +32,12 @@ def build_parser() -> SuggestingParser:
     parser = SuggestingParser("python -m sim sweep", description="Run a grid of simulations; what has run is not run again.")
     add = parser.add_argument
     add("grid", metavar="GRID.yaml", help="options of `python -m sim` without their dashes; lists are crossed")
+    add("--trace", metavar="FILE", help="replay this trace, whatever the grid says")
     add("--output", metavar="FILE.jsonl", help="log of results, gone on with where it is there (default: GRID.jsonl)")
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     add("--ray", metavar="ADDRESS",
-        help="run on a Ray cluster instead: `auto`, or the address that `ray start --head` printed; a profile given as a file "
-        "must lie on every node")  # fmt: skip
+        help="run on a Ray cluster instead: `auto`, or the address that `ray start --head` printed; a profile given as a "
+        "file must lie on every node")  # fmt: skip
     add("--metrics", default=",".join(METRICS), metavar="NAME,...", help="columns of the table (default %(default)s)")
     add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr")
     add("--dry-run", action="store_true", help="only say how many runs there are and how many are left")
@@ -97,7 +98,7 @@ class Progress:
 
 def run(args: argparse.Namespace) -> int:
     """The whole of it; the exit code. Raises ValueError or OSError for bad input."""
-    grid = read_grid(args.grid)
+    grid = read_grid(args.grid, {"trace": args.trace} if args.trace else {})
     metrics = check_metrics(args.metrics)
     path = Path(args.output) if args.output else Path(args.grid).with_suffix(".jsonl")
     if path.resolve() == Path(args.grid).resolve() or path.suffix == ".csv":

@@ -95,6 +95,15 @@ def test_a_wrong_grid_says_where_and_why(grid, text, message):
     assert "grid.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "sim/grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_grids_that_ship_can_be_run(path, tmp_path):
+    cells = list(read_grid(path).cells())
+    assert len(cells) > 10
+    (tmp_path / "my.csv").write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,10,2\n1,12,3\n")
+    grid = read_grid(path, {"trace": str(tmp_path / "my.csv")})
+    assert next(grid.cells()).args.trace == str(tmp_path / "my.csv")
+
+
 # -- keys ---------------------------------------------------------------------------------------------------------------
 def test_a_key_knows_contents_and_not_places(tmp_path):
     rows = "TIMESTAMP,ContextTokens,GeneratedTokens\n0,10,2\n"
