@@ -1,6 +1,6 @@
-"""`python -m kernels tune | bench | verdict | profile`: the operator's tile table, its figures and what they say.
+"""`python -m kernels tune | bench | verdict`: the operator's tile table, its figures and what they say.
 
-tune and bench measure on this machine's GPU; the other two read a results file.
+tune and bench measure on this machine's GPU; verdict reads a results file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from kernels import results, verdict
 from kernels.batch import LoraError
-from kernels.profile import write_profile
 from kernels.tiles import FORMS
 
 
@@ -32,9 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--budget", type=float, default=540.0, metavar="S", help="after S seconds only our own operator")
     say = commands.add_parser("verdict", help="say what a results file shows")
     say.add_argument("file", type=Path, nargs="?", default=results.FOLDER / "operators_h200.csv")
-    profile = commands.add_parser("profile", help="the operators' costs as a table for the simulator")
-    profile.add_argument("file", type=Path, nargs="?", default=results.FOLDER / "operators_h200.csv")
-    profile.add_argument("--out", type=Path, required=True, help="table to write")
     args = parser.parse_args(argv)
     try:
         return _run(args)
@@ -47,9 +43,6 @@ def _run(args: argparse.Namespace) -> int:
     """One command; LoraError for what the user can put right."""
     if args.command == "verdict":
         print(verdict.report(args.file))
-        return 0
-    if args.command == "profile":
-        print(f"{write_profile(args.file, args.out)} rows", file=sys.stderr)
         return 0
     if not torch.cuda.is_available():
         raise LoraError("there is no CUDA GPU here to measure")

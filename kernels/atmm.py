@@ -120,7 +120,7 @@ def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, lis
             return fits[-1]
     if not fits:
         raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
-    return fits[0]
+    return fits[-1]
 
 
 def _another_round(launch: Launch, rows: int, shape: Shape, batch: LoraBatch) -> bool:

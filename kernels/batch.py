@@ -291,7 +291,10 @@ class LoraBatch:
         return shape, rows
 
     def route(self) -> None:
-        """Sort and tile the rows on the device: one kernel, no synchronisation; may be captured in a graph."""
+        """Sort and tile the rows on the device, without synchronisation; may be captured in a graph.
+
+        It reads `index` and `state` (tokens, merged slot) as they are on the device: a kernel may have written them.
+        """
         from kernels.route import build_routes
 
         build_routes(self)

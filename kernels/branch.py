@@ -152,10 +152,7 @@ def expand(
     SLICES: tl.constexpr, PASSES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """y[perm[position], columns] += (sum over splits of v) B. Grid (runs of SPAN * BN columns, tiles).
-
-    b [pool rows, D] of one layer.
-    """
+    """y[perm[position], columns] += (sum of v's planes) B [pool rows, D]; grid (runs of SPAN * BN columns, tiles)."""
     if PDL:
         _trigger()
     M: tl.constexpr = PASSES - 1

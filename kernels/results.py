@@ -1,4 +1,7 @@
-"""Rows of the operator benchmark, their file, and the peers' file beside it. It measures nothing."""
+"""Rows of the operator benchmark, their file, and the peers' file beside it; the simulator's tables come from both.
+
+It measures nothing.
+"""
 
 from __future__ import annotations
 

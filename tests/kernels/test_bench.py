@@ -1,4 +1,4 @@
-"""Points, result files, the verdict on them and the simulator's table, from rows made up here."""
+"""Points, result files and the verdict on them, from rows made up here."""
 
 from dataclasses import replace
 
@@ -8,7 +8,6 @@ import pytest
 from kernels import results, verdict
 from kernels.__main__ import main
 from kernels.batch import LoraError
-from kernels.profile import write_profile
 from kernels.results import Row
 from kernels.timing import Point
 
@@ -94,21 +93,6 @@ def test_the_papers_ratio_is_of_sums():
     rows += [replace(row, operator="slora", us=3 * row.us) for row in rows]
     assert any(line.startswith("slora (measured here): 3.00x our latency summed over [8, 64] tokens")
                for line in verdict.lines(rows, []))  # fmt: skip
-
-
-def test_the_simulators_table_leaves_out_what_is_partial_or_wrong(tmp_path, capsys):
-    source, out = tmp_path / "rows.csv", tmp_path / "table.csv"
-    rows = [OURS, replace(OURS, tokens=16), replace(OURS, operator="slora"), replace(OURS, operator="atmm-static")]
-    results.write(source, [*rows, replace(OURS, skew="short"), replace(OURS, d_in=3584)], {"device": "a GPU"})
-    assert write_profile(source, out) == 2
-    assert out.read_text().splitlines()[-2:] == [
-        "atmm,decode,4096,4096,1,8,8,64,uniform,4.00",
-        "atmm,decode,4096,4096,1,16,8,64,uniform,4.00",
-    ]
-    assert "slora" in capsys.readouterr().err
-    results.write(source, [replace(OURS, error=0.3)], {})
-    with pytest.raises(LoraError, match=r"wrong by 0\.3"):
-        write_profile(source, out)
 
 
 def test_the_command_line_says_what_it_cannot_do(tmp_path, capsys):
