@@ -113,14 +113,16 @@ def name_ticks(axes, names: Sequence[str], room: int = 38) -> None:
     axes.set_xticks(range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center")
 
 
-def plain_log(axis, factor: float = 1.0) -> None:
+def plain_log(axis) -> None:
     """A logarithmic axis with few plain numbers (0.1, 2, 5) instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
-    decades = high / low if low > 0 else 10.0
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if decades < 40 else (1,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * factor:g}"))
+    ratio = high / low if low > 0 else 10.0
+    steps = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)), (12, (1, 2, 3, 4, 5, 7)), (40, (1, 2, 5)))
+    subs = next((subs for most, subs in steps if ratio < most), (1,))
+    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -84,7 +84,7 @@ def ablations(rows: Sequence[dict], directory: str | Path) -> list[Path]:
                 style = {"color": PALETTE[0] if y else "#BBBBBB", "hatch": HATCHES[0 if y else 1], "height": 0.62}
                 cells.barh(y, change, xerr=None if half is None else 100 * half, edgecolor="black", linewidth=0.8,
                            error_kw={"elinewidth": 1.0, "capsize": 2}, **style)  # fmt: skip
-                shown = "reference" if not y else f"{change:+.1f} %"
+                shown = "reference" if not y else f"{round(change, 1) + 0.0:+.1f} %"
                 reach = 100 * (half or 0.0)
                 right = change + reach if change >= 0 else max(0.0, change + reach)
                 cells.annotate(shown, (right, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
