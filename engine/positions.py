@@ -43,7 +43,7 @@ class Rotary:
             self._row = torch.tensor(rows, device=inv_freq.device)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [T, head_dim / 2] each, from integer positions [3 or 1, T]."""
-        chosen = positions[0][:, None] if self._row is None else positions[self._row].T
-        angles = chosen.float() * self._inv_freq
+        """float32 [T, head_dim / 2] each, contiguous, from integer positions [3 or 1, T]."""
+        chosen = positions[0][:, None] if self._row is None else positions.T[:, self._row]
+        angles = (chosen.float() * self._inv_freq).contiguous()
         return angles.cos(), angles.sin()

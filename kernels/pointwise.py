@@ -40,6 +40,8 @@ def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, ADD: tl.constex
 def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of residual + x, [T, H]; the sum is written into `residual` (x None: residual alone). Rows contiguous."""
     if _fused(residual):
+        assert residual.is_contiguous(), "rows lie one behind the other"
+        assert x is None or x.is_contiguous(), "rows lie one behind the other"
         rows, width = residual.shape
         out = torch.empty_like(residual)
         if rows:
@@ -94,6 +96,9 @@ def rope_store(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache:
     cos, sin float32 [T, D / 2]; caches [pages, kv_heads, page_tokens, D]; slots int32 [T]: page * page_tokens + offset.
     """
     _, kv_heads, page, width = k_cache.shape
+    assert cos.is_contiguous(), "the kernel counts rows by themselves"
+    assert sin.is_contiguous(), "the kernel counts rows by themselves"
+    assert k_cache.is_contiguous(), "the kernel counts pages by themselves"
     if _fused(qkv):
         runs = triton.cdiv(heads + 2 * kv_heads, HEADS_A_PROGRAM)
         if len(qkv):
