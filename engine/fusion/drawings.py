@@ -73,6 +73,7 @@ def canvas(rng: np.random.Generator, low: int = 10, high: int = 70) -> Image.Ima
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, thing: Thing, fill=None) -> None:
+    """Draw `thing` in `fill`, or in its own colour."""
     x, y, h = thing.x, thing.y, thing.half
     fill = fill or COLOURS[thing.colour]
     box = (x - h, y - h, x + h, y + h)

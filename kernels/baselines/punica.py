@@ -59,6 +59,7 @@ def bgmv_expand(
     y_ptr, v_ptr, b_ptr, index_ptr, state_ptr, offset_ptr, rank_ptr, scale_ptr, y_stride, tokens,
     D_OUT: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
 ):
+    """y += scale * v B for one row and one block of columns."""
     row = tl.program_id(0)
     slot = tl.load(index_ptr + row)
     if (slot < 0) | (row >= tl.load(state_ptr)):
