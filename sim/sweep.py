@@ -9,6 +9,7 @@ others are kept), 2 (bad input), 130 (interrupted).
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -50,6 +51,8 @@ def run_cell(args: argparse.Namespace, file=None) -> Outcome:
         return Outcome(summary(args, file), "")
     except (ValueError, OSError, InvariantError, PlanError) as error:
         return Outcome(None, f"{type(error).__name__}: {error}")
+    finally:
+        gc.collect()  # a run leaves cycles behind; memory must not grow with the number of runs
 
 
 def sweep(cells: Iterable[Cell], log: ResultLog, work: Callable[[Iterable], Iterator], tell: Callable[[int], None]) -> list:
