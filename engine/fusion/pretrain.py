@@ -143,7 +143,8 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
     pixels, owners = _pixels(drawings)
     pixels = pixels.to(device)
     encoded = [(wording.tail(d.question), wording.answer(d.answer)) for d in drawings]
-    groups = [[i for i, d in enumerate(drawings) if len(d.frames) == n] for n in (1, 3)]
+    moving = np.array([len(drawing.frames) > 1 for drawing in drawings])
+    stills, clips = np.flatnonzero(~moving), np.flatnonzero(moving)
     parameters = dict(model.named_parameters())
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
     first, loss = 0, 0.0
@@ -156,8 +157,8 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
     recent: list[torch.Tensor] = []
     for step in range(first, size.steps):
         rng = np.random.default_rng([seed, 1, step])
-        group = groups[1] if groups[1] and rng.random() < len(groups[1]) / len(drawings) else groups[0]
-        chosen = rng.choice(group, min(size.batch, len(group)), replace=False)
+        group = clips if rng.random() < len(clips) / len(drawings) else stills
+        chosen = group[rng.integers(len(group), size=size.batch)].tolist()
         warm, left = min(1.0, (step + 1) / 100), 1 - step / size.steps
         optimizer.param_groups[0]["lr"] = size.learning_rate * warm * (0.02 + 0.98 * left)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

@@ -82,7 +82,8 @@ def draw(report: Mapping, path: Path) -> None:
 
     drawn = {kind: tasks for kind, tasks in curves(report).items() if any(len(line) > 1 for line in tasks.values())}
     drawn = {kind: tasks for kind, tasks in drawn.items() if kind in TITLES}
-    figure, axes = plt.subplots(1, max(1, len(drawn)), figsize=(5.2 * max(1, len(drawn)), 3.8), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, max(1, len(drawn)), figsize=(5.2 * max(1, len(drawn)), 3.8), sharex=True, sharey=True,
+                                squeeze=False)  # fmt: skip
     for axis, (kind, tasks) in zip(axes[0], drawn.items(), strict=False):
         for task, line in tasks.items():
             axis.plot(*zip(*line, strict=True), color=COLOURS[task], marker=MARKERS[task], label=task, linewidth=1.6)
