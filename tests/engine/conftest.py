@@ -72,7 +72,8 @@ def trace():
 
 @pytest.fixture
 def world(model):
-    """world(name, trace, policy, ...) -> what is needed to run it; `.run()` runs and returns the tokens by request."""
+    """world(name, trace, policy, ...) -> what is needed to run it; `.run()` runs and returns the tokens by request,
+    `.logits()` the logits of every one of them (tokens of random weights forgive much)."""
 
     def make(name, trace, policy="slora", *, pages=200, limits=(4, 32, 256), root=None, prompts=None, operator=None,
              seed=0, prefix_cache=True, targets=("qkv", "o"), options=None):  # fmt: skip
@@ -101,9 +102,24 @@ def world(model):
             engine.runner.lora.evict_all()
             return {request: answer.tokens for request, answer in engine.runner.answers.items()}
 
+        def logits():
+            """Run; by request, the logits [tokens, vocab] of every token it got (of eager steps)."""
+            import torch
+
+            rows = {}
+
+            def observe(sequences, found):
+                for sequence, row in zip(sequences, found, strict=True):
+                    rows.setdefault(sequence.id, []).append(row.clone())
+
+            engine.runner.observer = observe
+            run()
+            return {request: torch.stack(got) for request, got in rows.items()}
+
         return SimpleNamespace(
             model=built, decoder=decoder, trace=trace, policy=policy, found=found, engine=engine, runner=engine.runner,
             ledger=engine.ledger, driver=driver, config=config, run=run,
+            logits=logits,
         )  # fmt: skip
 
     return make

@@ -173,8 +173,9 @@ def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace):
     asked = np.random.default_rng(0).integers(0, 200, 60).astype(np.int32)
     asked[30:] = asked[:30]  # everybody comes twice
     requests = dataclasses.replace(trace(60, images=0, output=3, span_ns=60_000_000), adapters=adapters, adapter=asked)
-    expected = world("tiny-llava", requests, pages=4000).run()
+    expected = world("tiny-llava", requests, pages=4000).logits()
     w = world("tiny-llava", requests, pages=60)
-    assert w.run() == expected
+    for request, rows in w.logits().items():
+        torch.testing.assert_close(rows, expected[request], rtol=0, atol=2e-5)
     assert w.ledger.journal.counters["adapter_evictions"] > 10
     assert w.ledger.journal.counters["adapter_loads"] > len(set(asked.tolist()))
