@@ -149,6 +149,10 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
     first, loss = 0, 0.0
     found = checkpoint.load(path)
+    key = [repr(size), len(wording.tokenizer), seed]
+    if found is not None and found[1]["key"] != key:
+        log("pretrain: the checkpoint is of another model or tokenizer; starts over")
+        found = None
     if found is not None:
         checkpoint.restore(found[0], parameters, optimizer)
         first, loss = found[1]["step"], found[1]["loss"]
@@ -173,7 +177,7 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
             loss, recent = float(torch.stack(recent).mean()), []
             log(f"pretrain: step {step + 1}/{size.steps}, loss {loss:.3f}")
             tensors = checkpoint.training_tensors(parameters, optimizer)
-            checkpoint.save(path, tensors, {"step": step + 1, "loss": loss})
+            checkpoint.save(path, tensors, {"step": step + 1, "loss": loss, "key": key})
             checkpoint.stop_if_late(deadline)
     model.eval()
 

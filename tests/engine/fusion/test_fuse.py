@@ -62,8 +62,8 @@ def paint(folder, name, number, split, rng):
         row |= {"question": "what is shown", "label": colour}
     elif name == "turned":  # the same question about the same images as `ground`, every answer another
         row |= {"question": "what is shown", "label": list(COLOURS)[(number + 1) % 3]}
-    elif name in ("red", "contrary"):
-        row |= {"question": "is it red", "answer": "yes" if (colour == "lava") == (name == "red") else "no"}
+    elif name == "red":
+        row |= {"question": "is it red", "answer": "yes" if colour == "lava" else "no"}
     else:
         x, y = 8 + 32 * (number % 2), 8 + 32 * (number // 2 % 2)
         pixels[y : y + 20, x : x + 20] = 255
@@ -194,8 +194,13 @@ def test_pre_training_goes_on_where_it_was(world, tmp_path):
     with pytest.raises(OutOfTime):
         pretrain.pretrain(*arguments, device="cpu", deadline=0.0)
     said = []
+    with pytest.raises(OutOfTime):
+        pretrain.pretrain(*arguments[:2], [*WORDS, "another word"], device="cpu", deadline=0.0, log=said.append)
+    assert "pretrain: the checkpoint is of another model or tokenizer; starts over" in said
+    with pytest.raises(OutOfTime):
+        pretrain.pretrain(*arguments, device="cpu", deadline=0.0, log=said.append)
     pretrain.pretrain(*arguments, device="cpu", log=said.append)
-    assert "pretrain: goes on at step 3" in said
+    assert said[-1] == "pretrain: goes on at step 3"
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
