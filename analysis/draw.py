@@ -38,7 +38,7 @@ class Inputs:
     @cached_property
     def results(self) -> dict[str, RunResult]:
         """All results of the directories, by label."""
-        names = labels(self.directories)
+        names = labels(self.directories, short=True)
         return {names[place, result.policy]: result for place in self.directories for result in read_results(place)}
 
     @cached_property

@@ -40,7 +40,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str | N
     if output.suffix not in (".html", ".htm"):
         raise ResultError(f"--output {output}: name a .html file")
     inputs = Inputs.of(paths)
-    found = summaries(inputs.directories) if inputs.directories else {}
+    found = summaries(inputs.directories, short=True) if inputs.directories else {}
     question = title or _question(inputs, found)
     sentences = _verdicts(inputs, found)
     body = [page.heading(question, 1), page.paragraph(sentences[0], "verdict")]
