@@ -52,7 +52,9 @@ class Lora:
             projections_of(shape, targets), layers=shape.layers, slots=max(1, len(adapters)), rows=max(RANK_ALIGN, rows),
             dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
-        self.rank = max((adapter.rank for adapter in adapters), default=RANK_ALIGN)
+        padded = {-(-adapter.rank // RANK_ALIGN) * RANK_ALIGN for adapter in adapters}
+        self._ranks = sorted(padded)
+        self.rank = max(padded, default=RANK_ALIGN)
         self.batch = LoraBatch(self.pool, max_tokens)
         self._op = _callable(operator)
         mixture = "reference" if weight.device.type == "cpu" else "atmm"
@@ -112,16 +114,33 @@ class Lora:
         return add
 
     def warm(self, *, mixture: bool) -> None:
-        """Run the operators once on eager batches of many shapes, on made-up rows, so that none is compiled while the clock
-        runs. No adapter may be resident."""
-        if self._op is None or self._op is _reference:
+        """Run operators and switch once in the shapes that may come, on rows of zeros, so that none is compiled while the
+        clock runs. No adapter may be resident."""
+        for rank in self._ranks:
+            self._warm_switch(rank)
+            if self._op is not None and self._op is not _reference:
+                self._warm_operators(rank, mixture=mixture)
+
+    def _warm_switch(self, rank: int) -> None:
+        """In, over to another, out."""
+        if self.switch is None:
             return
+        slots = [slot for slot in range(min(2, self.pool.slots)) if rank * (slot + 1) <= self.pool.rows]
+        for slot in slots:
+            self.pool.reserve(slot, rank)
+            self.installed(slot)
+        for slot in (*slots, NO_SLOT):
+            self.fold(slot)
+        for slot in slots:
+            self.pool.release(slot)
+
+    def _warm_operators(self, rank: int, *, mixture: bool) -> None:
         pool = self.pool
-        resident = min(pool.slots, 16)
+        resident = min(pool.slots, 16, pool.rows // rank)
         for slot in range(resident):
-            pool.reserve(slot, min(self.rank, pool.rows // resident // RANK_ALIGN * RANK_ALIGN))
-        sizes = [size for size in (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if size <= self.batch.max_tokens]
-        for size in {*sizes, self.batch.max_tokens}:
+            pool.reserve(slot, rank)
+        most = self.batch.max_tokens
+        for size in {*(size for size in (1 << i for i in range(14)) if size <= most), most}:
             for adapters in sorted({1, min(4, resident), resident}):
                 rows = np.sort(np.arange(size, dtype=np.int32) % adapters)
                 for merged in (-1, adapters - 1) if mixture and adapters > 1 else (-1,):

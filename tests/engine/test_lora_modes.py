@@ -148,6 +148,20 @@ def test_mixture_mode_under_a_rival_takes_ours(world, trace):
     assert lora._mixture_op is not lora._op
 
 
+def test_warming_up_leaves_no_trace(world, trace):
+    w = world("tiny-qwen2-vl", trace(1, adapters=2), "valora", operator="atmm", targets=("o",), limits=(1, 4, 256))
+    lora = w.runner.lora
+    before = [w.decoder.weight((layer, "o")).clone() for layer in range(2)]
+    seen = set()
+    lora._op = lora._mixture_op = lambda y, x, pool, batch, key: seen.add((len(y), batch.adapters, batch.merged >= 0))
+    lora.warm(mixture=True)
+    assert not any(lora.pool.ranks)
+    assert lora.folded == -1
+    assert all(torch.equal(w.decoder.weight((layer, "o")), golden) for layer, golden in enumerate(before))
+    assert {rows for rows, _, _ in seen} == {1, 2, 4}
+    assert {(adapters, mixture) for _, adapters, mixture in seen} >= {(1, False), (2, False), (1, True)}
+
+
 def test_an_unknown_operator_is_named(world, trace):
     from kernels.batch import LoraError
 
