@@ -12,7 +12,6 @@ The held-out split is read once everything is decided.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from engine.fusion.checkpoint import replace_text
+from engine.fusion.checkpoint import put_in_place, replace_text
 from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.evaluate import evaluate, evaluate_base
 from engine.fusion.metrics import Score
@@ -109,8 +108,7 @@ def _write_adapters(output: Path, oracle: TrainingOracle, packing: Packing) -> d
     for number, group in enumerate(packing.groups):
         shutil.copytree(oracle.path(group.attempt.order) / "adapter", unfinished / f"fused-{number}")
         places |= dict.fromkeys(group.serves, f"fused-{number}")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(unfinished, target)
+    put_in_place(unfinished, target)
     return places
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.fusion import domain_drawings as drawn
-from engine.fusion.checkpoint import replace_text
+from engine.fusion.checkpoint import put_in_place, replace_text
 from engine.fusion.domains import SPLITS, DomainError
 from engine.fusion.drawings import Drawing
 
@@ -85,7 +84,7 @@ def _write_domain(folder: Path, name: str, counts: Mapping[str, int], seed: int)
     unfinished.mkdir()
     rows = [_write_example(unfinished, name, *drawn_) for drawn_ in _drawings(name, counts, seed)]
     replace_text(unfinished / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(unfinished, folder / name)
+    put_in_place(unfinished, folder / name)
 
 
 def _drawings(name: str, counts: Mapping[str, int], seed: int):

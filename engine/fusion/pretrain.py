@@ -7,7 +7,6 @@ tell it from a downloaded one. Killed at any moment it goes on at its last check
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import time
@@ -119,7 +118,7 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to("cpu").save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
+    checkpoint.put_in_place(unfinished, folder)
     shutil.rmtree(work, ignore_errors=True)
     return folder
 

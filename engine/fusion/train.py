@@ -12,7 +12,6 @@ Source of the recipe (LoRA on q, k, v, o; dropout; a head trained with the adapt
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -287,8 +286,7 @@ class _Run:
         if self.head is not None and self.head.rows:
             domains = [self.bench.domain(name) for name in self.task.domains]
             write_head(unfinished, self.head, domains, self.bench.wording.query_ids)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(unfinished, target)
+        checkpoint.put_in_place(unfinished, target)
         seconds = state["seconds"] + time.monotonic() - self.started
         told = {"domains": self.task.domains, "steps": state["step"], "seconds": round(seconds, 3),
                 "scores": state["scores"], "history": state["history"], "recipe": asdict(self.recipe)}  # fmt: skip

@@ -58,7 +58,6 @@ class Workbench:
     model: Model
     wording: Wording
     peft: torch.nn.Module
-    rank: int
     domains: tuple[Domain, ...]
     log: Callable[[str], None]
     deadline: float | None = None
@@ -186,7 +185,7 @@ def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: 
     with torch.random.fork_rng([]):
         peft = get_peft_model(model.hf, config)
     wording = Wording(model.shape.family, tokenizer, model.shape.image_token_id)
-    return Workbench(model, wording, peft, rank, domains, log, deadline)
+    return Workbench(model, wording, peft, domains, log, deadline)
 
 
 def digest_of(directory: Path, domains: Sequence[Domain]) -> str:

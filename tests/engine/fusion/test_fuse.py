@@ -159,33 +159,41 @@ def test_the_engine_gives_the_same_answers(world, fused):
     base, yaml = world
     bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
     model = load_checkpoint(base, dtype=torch.float32, device="cpu")
-    for name in ("ground", "red"):
+    for name in ("ground", "red", "spots"):
         adapter = report["domains"][name]["adapter"]
         folder = output / "adapters" / adapter
         set_peft_model_state_dict(bench.peft, load_peft_weights(str(folder), device="cpu"))
-        group = next(g for g in report["packing"]["groups"] if name in g)
-        head = Head([bench.domain(d) for d in bench_order(group, folder)], model.shape.hidden, 0)
-        rows = json.loads((folder / "vision_head.json").read_text())["rows"] if name == "ground" else []
-        head.copy_rows(rows, load_file(folder / "vision_head.safetensors") if rows else {})
+        head = written_head(bench, folder)
         sample = bench.sample(name, "heldout")
-        expected = predict(bench, sample, head if rows else None)
+        tails = sample.queried if name == "spots" else sample.plain
+        expected = predict(bench, sample, head)
         for i in range(0, 48, 8):
-            ids = [*bench.wording.lead, *[model.shape.image_token_id] * model.shape.image_tokens, *sample.plain[i]]
+            ids = [*bench.wording.lead, *[model.shape.image_token_id] * model.shape.image_tokens, *tails[i]]
             pixels = load_image(bench.domain(name).examples["heldout"][i].images[0], model.shape)
             prompt = Prompt(np.array(ids, np.int32), (len(bench.wording.lead),), [pixels])
-            asked = SERVED(adapter=adapter, adapter_dir=str(output / "adapters"), head=bool(rows))
+            asked = SERVED(adapter=adapter, adapter_dir=str(output / "adapters"), head=name != "red")
             tokens, said, _ = answer(model, prompt, asked)
-            if rows:
-                found = said if isinstance(said, int) else int(said.classes[-1])
-                assert rows[found] == f"ground/{expected[i]}"
-            else:
+            if name == "red":
                 assert bench.wording.text(tokens) == expected[i]
+            elif name == "ground":
+                found = said if isinstance(said, int) else int(said.classes[-1])
+                assert head.rows[found] == f"ground/{expected[i]}"
+            else:
+                kept = [q for q, row in enumerate(said.classes.tolist()) if head.rows[row] == "spots/spot"]
+                served = sorted(corners_of(said.boxes[q]).tolist() for q in kept)
+                trained = sorted(list(box[1:5]) for box in expected[i])
+                assert served == [pytest.approx(corners, abs=1e-4) for corners in trained]
 
 
-def bench_order(group, folder):
-    """The domains of an adapter's head, in the order of its rows."""
-    told = json.loads((folder / "vision_head.json").read_text())["domains"] if (folder / "vision_head.json").exists() else {}
-    return list(told) or group
+def written_head(bench, folder):
+    """The head that lies in an adapter's folder, None where there is none."""
+    if not (folder / "vision_head.json").exists():
+        return None
+    told = json.loads((folder / "vision_head.json").read_text())
+    head = Head([bench.domain(name) for name in told["domains"]], bench.model.shape.hidden, 0)
+    assert list(head.rows) == told["rows"]
+    head.copy_rows(told["rows"], load_file(folder / "vision_head.safetensors"))
+    return head
 
 
 def test_pre_training_goes_on_where_it_was(world, tmp_path):
