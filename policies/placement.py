@@ -62,7 +62,7 @@ class DLoraRouter:
         self._counts[adapter] = self._counts.get(adapter, 0.0) + 1.0
         if self._arrivals % PLACE_EVERY == 0:
             pages = replicas[0].pool.adapter_pages
-            room = [replica.pool.pages // 2 for replica in replicas]
+            room = [max(1, replica.pool.pages // 2) for replica in replicas]
             sizes = {a: pages[a] if a >= 0 else 0 for a in self._counts}
             self._homes = place(self._counts, sizes, room, self._homes)
             self._counts = {a: count / 2 for a, count in self._counts.items() if count > 0.1}
