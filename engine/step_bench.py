@@ -257,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.out:
         sys.stdout.write(text)
         return 0
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(args.out + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -6,6 +6,7 @@ for the sizes of its images, which a graph cannot. It knows pixels and features,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -25,10 +26,15 @@ class VisionGraphs:
         self._pool = None
 
     def capture(self) -> None:
-        """Record all buckets, the largest first; nothing for a tower that a graph cannot hold."""
-        if self._model.shape.family == "llava":
+        """Record all buckets, the largest first; none, with a word on stderr, for a tower that a graph cannot hold."""
+        if self._model.shape.family != "llava":
+            return
+        try:
             for bucket in reversed(BUCKETS):
                 self._graphs[bucket] = self._capture(bucket)
+        except RuntimeError as error:  # another version of the tower may ask the host for something
+            self._graphs.clear()
+            print(f"vision tower: no graphs, launched kernel by kernel: {error}", file=sys.stderr)
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

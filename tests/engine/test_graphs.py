@@ -83,6 +83,18 @@ def test_padded_batches_of_images_give_their_features(model, images):
     assert plain.shape == (images, built.shape.image_tokens, built.shape.hidden)
 
 
+def test_a_tower_that_no_graph_holds_is_launched_as_it_is(model, capsys):
+    class Refused(VisionGraphs):
+        def _record(self, step):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    built, _ = model("tiny-llava")
+    graphs = Refused(built)
+    graphs.capture()
+    assert "no graphs, launched kernel by kernel: operation not permitted" in capsys.readouterr().err
+    assert graphs.encode(torch.zeros(2, *built.shape.pixels)).shape[0] == 2
+
+
 def test_buckets():
     assert buckets_up_to(1) == [1]
     assert buckets_up_to(6) == [1, 2, 4, 6]
