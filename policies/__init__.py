@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
 
+from policies.costaware import CostAware
 from policies.dlora import DLora
 from policies.merged_only import MergedOnly
 from policies.plan import Plan
@@ -42,6 +43,7 @@ class PolicyError(ValueError):
 
 POLICIES: dict[str, type] = {
     "valora": Valora,
+    "cost-aware": CostAware,
     "dlora": DLora,
     "slora": SLora,
     "punica": Punica,

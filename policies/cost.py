@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
 
-from policies.plan import BASE, MERGED, MIXTURE, Work
+from policies.plan import BASE, MIXTURE, UNMERGED, Work
 from policies.profile import Profile
 from traces.request import Adapter
 
@@ -193,12 +193,15 @@ class Cost:
         return self.lora_ps(rows, adapters, rank if self._padded else ranks / adapters, "prefill" if prefill else "decode")
 
     # -- what policies ask --------------------------------------------------------------------------------------------
-    def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE) -> int:
-        """Predicted time of one decode step of `decodes` requests with `context` tokens each and `adapters` adapters."""
+    def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE, cold: int = -1) -> int:
+        """Predicted time of one decode step of `decodes` requests with `context` tokens each and `adapters` adapters.
+
+        cold: requests that do not ask for the folded adapter, in mixture mode; all of them if it is not given.
+        """
         if decodes < 1:
             return 0
         ranks = self._adapters[0].rank if self._adapters else 0
-        rows = 0 if mode in (BASE, MERGED) else decodes * (2 if mode == MIXTURE else 1)
+        rows = decodes if mode == UNMERGED else 2 * (decodes if cold < 0 else cold) if mode == MIXTURE else 0
         work = Work(mode, decodes, 0, (), 0, 0, rows, adapters, ranks, ranks * adapters, 0, decodes)
         return (sum(self.fixed(work)) + self.attention_at(decodes, decodes * context)) // 1000
 

@@ -16,7 +16,7 @@ settings.load_profile("deterministic")
 
 
 PAGE_BYTES = 64
-OPERATORS = ("sglang", "dlora", "slora", "punica", "vllm")
+OPERATORS = ("atmm", "dlora", "slora", "punica", "vllm")
 
 
 def _profile(pool_pages: int = 1000, **changes) -> Profile:

@@ -20,7 +20,7 @@ ROOMS = {  # room -> the rooms of ours that it may import
     "analysis": {"traces"},
 }
 LEAVES = {"traces": {"numpy", "pandas", "pyarrow"}, "kernels": {"torch", "triton", "numpy", "matplotlib"}}  # beside the standard library
-CHOOSERS = ("batching", "dlora", "merged_only", "unmerged", "valora")
+CHOOSERS = ("batching", "costaware", "dlora", "merged_only", "unmerged", "valora")
 """The modules in which policies choose: a plan is a pure function of the view."""
 
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]

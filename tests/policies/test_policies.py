@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies import POLICIES, PolicyError, make_policy
+from policies.costaware import CostAware
 from policies.dlora import DLora, Thresholds
 from policies.merged_only import MergedOnly
 from policies.plan import BASE, MERGED, MIXTURE, UNMERGED, PeekError, Plan
@@ -304,3 +305,18 @@ def test_every_policy_is_made_by_name(name):
 def test_unknown_names_and_values_are_refused(name, options, message):
     with pytest.raises(PolicyError, match=message):
         make_policy(name, options)
+
+
+# -- cost-aware -----------------------------------------------------------------------------------------------------------
+
+
+def test_cost_aware_folds_what_all_ask_for_once_that_pays(make_ledger, ask):
+    ledger = make_ledger(limits=FOUR, resident=(0, 1))
+    ask(ledger, 0, 0)
+    assert decide(CostAware(horizon_s=10.0), ledger)[:2] == (MERGED, 0)
+    assert decide(CostAware(horizon_s=0.0), ledger)[:2] == (UNMERGED, -1)
+
+
+def test_cost_aware_lets_nobody_wait_whatever_the_weights(three_and_one):
+    for horizon_s in (0.0, 10.0):
+        assert sorted(ids(decide(CostAware(horizon_s=horizon_s), three_and_one))) == [0, 1, 2, 3]
