@@ -20,8 +20,6 @@ from traces.request import Adapter
 
 OPERATORS = ("atmm", *RIVALS, "reference", "none")
 """`reference` is plain torch in float32, what a CPU uses; `none` leaves the branch out (its cost is the yardstick)."""
-BY_POLICY = {"sglang": "atmm"}
-"""Operators that policies name for the simulator's tables and that this engine runs as another."""
 
 
 def operator_of(asked: str | None, policy: str, device: torch.device) -> str:
@@ -29,7 +27,7 @@ def operator_of(asked: str | None, policy: str, device: torch.device) -> str:
 
     LoraError lists what there is.
     """
-    name = BY_POLICY.get(asked or policy, asked or policy)
+    name = asked or policy
     if name not in OPERATORS:
         raise LoraError(f"unknown operator {name!r}; there are {', '.join(OPERATORS)}")
     return "reference" if asked is None and name != "none" and device.type == "cpu" else name

@@ -29,7 +29,7 @@ def made_up_profile(**changes):
 
     line = [(1.0, 100.0), (100.0, 300.0)]
     table = {"decode": {4: {1: line}}, "prefill": {4: {1: line}}, "pads": False}
-    operators = ("sglang", "atmm", "slora", "punica", "vllm", "dlora")
+    operators = ("atmm", "slora", "punica", "vllm", "dlora")
     values = {
         "name": "made-up", "kind": "analytic", "sha256": "", "provenance": {}, "model": "tiny", "max_context": 256,
         "image_tokens": 16, "video_images": 2, "kv_bytes_per_token": 1024, "adapter_bytes_per_rank": 1024,

