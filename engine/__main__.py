@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PlanError, InvariantError) as error:
         print(f"{parser.prog}: invariant broken: {error}", file=sys.stderr)
         return 3
+    except ModuleNotFoundError as error:
+        parser.error(f"the engine needs {error.name}, which is not installed: pip install 'valora[engine]' brings it")
     except (PolicyError, ValueError, OSError) as error:  # every error of bad input is a ValueError
         parser.error(str(error))
     except KeyboardInterrupt:

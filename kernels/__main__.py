@@ -9,11 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from kernels import results, verdict
-from kernels.batch import LoraError
-from kernels.tiles import FORMS
+    from kernels import results, verdict
+    from kernels.batch import LoraError
+    from kernels.tiles import FORMS
+except ModuleNotFoundError as error:
+    sys.exit(f"the kernels need {error.name}, which is not installed: pip install 'valora[engine]' brings it")
 
 
 def main(argv: list[str] | None = None) -> int:
