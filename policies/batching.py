@@ -219,6 +219,8 @@ def prefetch(batch: Batch, entries: Iterable[Entry], depth: int) -> None:
 
     Spares what an unfinished request asks for: in tight memory, prefetching would push out what is needed sooner.
     """
+    if batch.view.all_resident:
+        return
     for entry, _ in zip(entries, range(depth), strict=False):
         if entry.adapter >= 0 and not batch.load(entry.adapter, spare_wanted=True):
             break

@@ -57,6 +57,8 @@ class Cohort:
 
     def pages_for(self, steps: int) -> int:
         """Pages that all members together take in the next `steps` steps."""
+        if steps == 1:
+            return self._phase[-self.tick % self._page]
         rounds, rest = divmod(steps, self._page)
         phase, first = self._phase, -self.tick % self._page
         # The phases first, first - 1, ... come due one after another and wrap around below 0.

@@ -100,6 +100,7 @@ class Cost:
         self.linear_ps = lru_cache(65_536)(lambda tokens: round(self._linear(tokens)))
         self.output_ps = lru_cache(4_096)(lambda rows: round(self._output(rows)))
         self.lora_ps = lru_cache(65_536)(self._lora_ps)
+        self._branch = lru_cache(4_096)(self._branch_curve)
         self.prefill_attention_ps = lru_cache(65_536)(self._prefill_attention_ps)
         self.segments = lru_cache(4_096)(self._segments)
         self._decode = lru_cache(65_536)(self._decode_fixed)
@@ -139,27 +140,41 @@ class Cost:
     def _lora_ps(self, tokens: int, adapters: int, rank: float, phase: str) -> int:
         if not tokens or not self._lora:
             return 0
+        return round(self._branch(adapters, rank, phase)(tokens))
+
+    def _branch_curve(self, adapters: int, rank: float, phase: str) -> Curve:
+        """The LoRA branch by tokens, for one number of adapters and one rank: between measured ones, linear in both."""
         table = self._lora[phase]
         ranks = list(table)
         low, high, share = _between(ranks, rank)
-        value = self._by_adapters(table[ranks[low]], tokens, adapters)
-        if high != low:
-            value += share * (self._by_adapters(table[ranks[high]], tokens, adapters) - value)
-        elif rank > ranks[-1]:
-            self.outside["lora rank"] += 1
-            value *= rank / ranks[-1]
-        return round(value)
+        below = self._by_adapters(table[ranks[low]], adapters)
+        curve = self._mixed(below, self._by_adapters(table[ranks[high]], adapters), share) if high != low else below
+        return self._beyond(curve, rank, ranks[-1], "lora rank")
 
-    def _by_adapters(self, curves: dict[int, Curve], tokens: int, adapters: int) -> float:
+    def _by_adapters(self, curves: dict[int, Curve], adapters: int) -> Curve:
         grid = list(curves)
         low, high, share = _between(grid, adapters)
-        value = curves[grid[low]](tokens)
-        if high != low:
-            value += share * (curves[grid[high]](tokens) - value)
-        elif adapters > grid[-1]:
-            self.outside["lora adapters"] += 1
-            value *= adapters / grid[-1]
-        return value
+        curve = self._mixed(curves[grid[low]], curves[grid[high]], share)
+        return self._beyond(curve, adapters, grid[-1], "lora adapters")
+
+    def _mixed(self, low: Curve, high: Curve, share: float) -> Curve:
+        """(1 - share) low + share high, again piecewise linear: on the points of both."""
+        if low is high or not share:
+            return low
+        last = min(low.xs[-1], high.xs[-1])  # what lies beyond either is extrapolated, and counted, by the slope up to there
+        xs = [x for x in sorted({*low.xs, *high.xs}) if x <= last]
+        mixed = Curve([(x, 0.0) for x in xs], low.name, self.outside)
+        mixed.ys = [low(x) + share * (high(x) - low(x)) for x in xs]
+        return mixed
+
+    def _beyond(self, curve: Curve, x: float, last: float, name: str) -> Curve:
+        """`curve` scaled in proportion where x lies beyond the last measured one, and counted."""
+        if x <= last:
+            return curve
+        self.outside[name] += 1
+        scaled = Curve([(point, 0.0) for point in curve.xs], curve.name, self.outside)
+        scaled.ys = [y * x / last for y in curve.ys]
+        return scaled
 
     # -- a step -----------------------------------------------------------------------------------------------------
     def fixed(self, work: Work) -> tuple[int, int, int, int, int, int]:

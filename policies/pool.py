@@ -63,10 +63,11 @@ class Pool:
     # -- keys and values ------------------------------------------------------------------------------------------
     def take(self, pages: int) -> None:
         """Move `pages` from free to KV; cached prefixes that nobody uses give way, least recently used first."""
-        self.make_room(pages)
+        if pages > self.unused:
+            self.make_room(pages)
         self.unused -= pages
         self.kv += pages
-        self.peak = max(self.peak, self.pages - self.free)
+        self.peak = max(self.peak, self.pages - self.unused - self.reclaimable)
 
     def make_room(self, pages: int) -> None:
         """Drop idle prefixes until `pages` pages are unused, as `take` will: an engine needs them before the step that

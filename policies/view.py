@@ -86,13 +86,14 @@ class View:
     """The window: what `ledger.view` noted at the look, as attributes, and queues that are read through to the ledger.
 
     now_ns: time of the look. mode, merged: of the last step (merged: the folded adapter, -1 for none). queued: requests
-    that wait for (the rest of) their prefill. total: unfinished requests. unfinished: adapter -> unfinished requests, for
-    the adapters that have any (-1: the base model). free_pages: to be had without evicting an adapter or preempting
+    that wait for (the rest of) their prefill. total: unfinished requests. decoding: ids of all requests that want their
+    next token, in the order they finished their prefill. unfinished: adapter -> unfinished requests, for the adapters that
+    have any (-1: the base model). free_pages: to be had without evicting an adapter or preempting
     anybody. memo: what the last plan left. adapters, limits, cost, page_tokens, pool_pages never change.
     """
 
     __slots__ = (
-        "_ledger", "_oracle", "adapters", "cost", "free_pages", "limits", "memo", "merged", "mode", "now_ns",
+        "_ledger", "_oracle", "adapters", "cost", "decoding", "free_pages", "limits", "memo", "merged", "mode", "now_ns",
         "page_tokens", "pool_pages", "queued", "total", "unfinished",
     )  # fmt: skip
 
@@ -117,6 +118,7 @@ class View:
         self.merged = ledger.merged
         self.queued = ledger.queued
         self.total = len(ledger.entries)
+        self.decoding = ledger.decoding_ids()
         self.free_pages = pool.unused + pool.reclaimable
         return self
 
@@ -144,11 +146,6 @@ class View:
         started = (e for e in chain(ledger.prefilling.values(), ledger.preempted.values()) if e.adapter == adapter)
         waiting = ledger.waiting_by.get(adapter)
         return chain(started, waiting.values()) if waiting else started
-
-    @property
-    def decoding(self) -> tuple[int, ...]:
-        """Ids of all requests that want their next token, in the order they finished their prefill."""
-        return self._ledger.decoding_ids()
 
     def decoding_of(self, adapter: int) -> tuple[int, ...]:
         """`decoding` for the requests of one adapter."""
@@ -213,6 +210,11 @@ class View:
     def is_loading(self, adapter: int) -> bool:
         """True while the copy of `adapter` is under way."""
         return adapter in self._ledger.pool.loading
+
+    @property
+    def all_resident(self) -> bool:
+        """True if every adapter there is can be used now."""
+        return len(self._ledger.pool.resident) == len(self.adapters)
 
     @property
     def idle_adapters(self) -> Iterator[int]:
