@@ -41,11 +41,9 @@ def report(label: str, requests: int, runs: int, *arguments: str) -> float:
     """Print one line; the median replay seconds per request."""
     processes, replays, memory = zip(*(run(*arguments) for _ in range(runs)), strict=True)
     per_request = statistics.median(replays) / requests
-    print(
-        f"{label:<44} process {statistics.median(processes):6.2f} s ({min(processes):.2f})  replay "
-        f"{statistics.median(replays):6.2f} s ({min(replays):.2f})  {per_request * 1e6:5.1f} us/request  {max(memory):4.0f} MB",
-        flush=True,
-    )
+    process, replay = (f"{statistics.median(times):6.2f} s ({min(times):.2f})" for times in (processes, replays))
+    each = f"{per_request * 1e6:5.1f} us/request"
+    print(f"{label:<44} process {process}  replay {replay}  {each}  {max(memory):4.0f} MB", flush=True)
     return per_request
 
 
