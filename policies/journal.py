@@ -68,8 +68,15 @@ class Journal:
             self._flush_runs()
 
     def _flush_runs(self) -> None:
-        begin, first, growth, steps, requests = _rows(self._runs, 5).T
+        rows = _rows(self._runs, 5)
         self._runs = bytearray()
+        # In blocks of about a million steps, so that long runs do not need memory in proportion to their steps.
+        blocks = np.flatnonzero(np.diff(np.cumsum(rows[:, 3]) >> 20)) + 1
+        for block in np.split(rows, blocks):
+            self._count_gaps(block)
+
+    def _count_gaps(self, runs: np.ndarray) -> None:
+        begin, first, growth, steps, requests = runs.T
         index = np.arange(steps.sum()) - np.repeat(np.cumsum(steps) - steps, steps)  # of a step in its run
         begin, first, growth = (np.repeat(column, steps) for column in (begin, first, growth))
         begin += index * first + growth * (index * (index - 1) // 2)
