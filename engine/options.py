@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from policies import PolicyError
 from traces.options import add_trace_arguments, count, positive, ranks
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
@@ -79,17 +78,3 @@ def add_make_adapters_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-classes", type=count, default=0, metavar="N", help="give each a task head with N classes")
     add("--head-queries", type=count, default=0, metavar="N", help="make the head a detector with N queries")
     add("--seed", type=count, default=0, metavar="N", help="seed (default 0)")
-
-
-def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Parameters by policy from [POLICY.]KEY=VALUE; without a policy's name they are the only policy's. PolicyError."""
-    options: dict[str, dict[str, str]] = {name: {} for name in names}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        policy, _, parameter = key.rpartition(".")
-        if not policy and len(names) == 1:
-            policy = names[0]
-        if not equals or policy not in options:
-            raise PolicyError(f"--policy-option {pair!r}: expected POLICY.KEY=VALUE with a policy of {', '.join(names)}")
-        options[policy][parameter] = value
-    return options

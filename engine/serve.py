@@ -10,7 +10,6 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +22,17 @@ from engine.clock import MockedClock, WallClock
 from engine.decoder import Decoder
 from engine.graphs import BRANCHED, MIXED, PLAIN
 from engine.models import MODELS, Model, ModelError, load_model
-from engine.options import TARGETS, policy_options
+from engine.options import TARGETS
 from engine.progress import Progress
 from engine.replay import Driver, EngineConfig, record, resolved, stripped
-from policies import Policy, PolicyError, make_policy
+from policies import Policy, make_policies
 from policies.profile import Profile, ProfileError, load_profile
 from policies.view import Limits
-from traces.options import load_trace
-from traces.record import RunResult, parse_goodput, per_adapter, summarize
+from traces.options import load_trace, with_slo
+from traces.publish import publish
+from traces.record import RunResult, parse_goodput
 from traces.request import Trace
-from traces.result_files import check_target, write_results
-from traces.result_tables import render_per_adapter, render_table
+from traces.result_files import check_target
 
 PROFILES = Path(__file__).parent.parent / "sim" / "profiles"
 MOST_CONTEXT = 4096
@@ -41,11 +40,7 @@ MOST_CONTEXT = 4096
 
 def replay(args: argparse.Namespace) -> int:
     """The command. 0, or 130 after an interruption."""
-    names = list(dict.fromkeys(name.strip() for name in args.policy.split(",") if name.strip()))
-    if not names:
-        raise PolicyError("--policy names no policy")
-    options = policy_options(names, args.policy_option)
-    policies = [make_policy(name, options[name]) for name in names]
+    policies = make_policies(args.policy, args.policy_option)
     if args.output:
         check_target(args.output, args.overwrite)
     goodput = parse_goodput(args.goodput)
@@ -69,7 +64,8 @@ def replay(args: argparse.Namespace) -> int:
             if signals.asked:
                 break
     if results:
-        publish(args, results, [adapter.name for adapter in trace.adapters], goodput)
+        names = [adapter.name for adapter in trace.adapters]
+        publish(results, names, goodput, output=args.output, overwrite=args.overwrite, with_adapters=args.per_adapter)
     if signals.asked:
         print(f"interrupted; {'what had finished is in' if results else 'there was not yet'} a result", file=sys.stderr)
     return 130 if signals.asked else 0
@@ -160,18 +156,6 @@ class Signals:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
 
-def publish(args: argparse.Namespace, results: Sequence[RunResult], adapters: list[str], goodput: dict[str, float]) -> None:
-    """Files, then tables on stdout."""
-    summaries = {result.policy: summarize(result, goodput) for result in results}
-    if args.output:
-        write_results(args.output, results, summaries, adapters, args.overwrite)
-    sys.stdout.write(render_table(summaries))
-    if args.per_adapter:
-        for result in results:
-            sys.stdout.write("\n" + render_per_adapter(per_adapter(result, adapters), result.policy))
-    sys.stdout.flush()
-
-
 def model_of(args: argparse.Namespace) -> Model:
     """The model that --model, --device, --dtype and --seed describe."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,13 +196,6 @@ def find_profile(path: str | None, model: Model) -> Profile:
         if (PROFILES / candidate).exists():
             return load_profile(PROFILES / candidate)
     raise ProfileError(f"no latency profile for the model {name!r}; policies predict with one: name it with --profile FILE")
-
-
-def with_slo(trace: Trace, goodput: dict[str, float]) -> Trace:
-    """--goodput ttft:MS is also the deadline that admission control knows, unless the trace brings its own."""
-    if "ttft" not in goodput or trace.ttft_slo_ns is not None:
-        return trace
-    return trace.with_(ttft_slo_ns=np.full(len(trace), round(goodput["ttft"] * 1e6), np.int64))
 
 
 def describe_model(model: Model) -> dict:

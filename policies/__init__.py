@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol
@@ -113,3 +114,28 @@ def _parameter(where: str, kind: type, text: str) -> float | bool | str:
     if kind is not str and not 0 <= value < 1e12:
         raise PolicyError(f"{where} must be finite and not negative")
     return value
+
+
+def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """--policy-option by policy; one without a policy's name goes to the only policy."""
+    options: dict[str, dict[str, str]] = {name: {} for name in names}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        policy, dot, parameter = key.rpartition(".")
+        if not dot:
+            policy, parameter = names[0], key
+            if len(names) > 1:
+                raise PolicyError(f"--policy-option {pair}: with several policies say which, as in {names[0]}.{pair}")
+        if not equals or policy not in options:
+            raise PolicyError(f"--policy-option {pair!r}: expected POLICY.KEY=VALUE with a policy of {', '.join(names)}")
+        options[policy][parameter] = value
+    return options
+
+
+def make_policies(names: str, pairs: Sequence[str] = ()) -> list[Policy]:
+    """The policies of --policy NAME[,NAME...] with the parameters of --policy-option. PolicyError."""
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not wanted:
+        raise PolicyError("--policy names no policy")
+    options = policy_options(wanted, pairs)
+    return [make_policy(name, options[name]) for name in wanted]

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from policies import PolicyError, known_policies, make_policy
+from policies import PolicyError, known_policies, make_policies
 from policies.invariants import InvariantError
 from policies.plan import PlanError
 from policies.profile import Profile, ProfileError, load_profile
@@ -22,11 +22,11 @@ from policies.routing import ROUTERS
 from policies.view import Limits
 from sim.cluster import SimConfig, simulate
 from sim.progress import Progress
-from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, positive
-from traces.record import parse_goodput, per_adapter, summarize
-from traces.request import Trace, TraceError
-from traces.result_files import FIGURES, ResultError, check_target, write_results
-from traces.result_tables import render_per_adapter, render_table
+from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, positive, with_slo
+from traces.publish import publish
+from traces.record import parse_goodput
+from traces.request import TraceError
+from traces.result_files import FIGURES, ResultError, check_target
 
 PROFILES = Path(__file__).parent / "profiles"
 MOST_GPUS = 4096
@@ -82,22 +82,6 @@ def find_profile(name: str | None, model: str) -> Profile:
     return load_profile(PROFILES / f"{name}.json")
 
 
-def policy_options(names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, str]]:
-    """--policy-option by policy; one without a policy's name goes to the only policy."""
-    options: dict[str, dict[str, str]] = {name: {} for name in names}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        policy, dot, parameter = key.rpartition(".")
-        if not dot:
-            policy, parameter = names[0], key
-            if len(names) > 1:
-                raise PolicyError(f"--policy-option {pair}: with several policies say which, as in {names[0]}.{pair}")
-        if not equals or policy not in options:
-            raise PolicyError(f"--policy-option {pair!r}: expected POLICY.KEY=VALUE with a policy of {', '.join(names)}")
-        options[policy][parameter] = value
-    return options
-
-
 def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
     """The simulator's configuration. Raises ValueError with the offending value."""
     if not 1 <= args.gpus <= MOST_GPUS or args.page_tokens < 1:
@@ -114,23 +98,10 @@ def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
     )  # fmt: skip
 
 
-def with_slo(trace: Trace, goodput: dict[str, float]) -> Trace:
-    """--goodput ttft:MS is also the deadline that admission control knows, unless the trace brings its own."""
-    if "ttft" not in goodput or trace.ttft_slo_ns is not None:
-        return trace
-    import numpy as np
-
-    return trace.with_(ttft_slo_ns=np.full(len(trace), round(goodput["ttft"] * 1e6), np.int64))
-
-
 def run(args: argparse.Namespace) -> None:
     """Everything between the command line and the exit code."""
     began = time.perf_counter()
-    names = list(dict.fromkeys(name.strip() for name in args.policy.split(",") if name.strip()))
-    if not names:
-        raise PolicyError("--policy names no policy")
-    options = policy_options(names, args.policy_option)
-    policies = [make_policy(name, options[name]) for name in names]
+    policies = make_policies(args.policy, args.policy_option)
     if args.plot and not args.output:
         raise ResultError("--plot needs --output DIR")
     if args.output:
@@ -146,15 +117,8 @@ def run(args: argparse.Namespace) -> None:
             start = time.perf_counter()
             results.append(simulate(trace, policy, profile, config, progress.update))
             replay_s += time.perf_counter() - start
-    summaries = {result.policy: summarize(result, goodput) for result in results}
     adapters = [adapter.name for adapter in trace.adapters]
-    if args.output:
-        write_results(args.output, results, summaries, adapters, args.overwrite)
-    sys.stdout.write(render_table(summaries))
-    if args.per_adapter:
-        for result in results:
-            sys.stdout.write("\n" + render_per_adapter(per_adapter(result, adapters), result.policy))
-    sys.stdout.flush()
+    publish(results, adapters, goodput, output=args.output, overwrite=args.overwrite, with_adapters=args.per_adapter)
     if args.plot:
         figures = Path(args.output) / FIGURES
         subprocess.run([sys.executable, "-m", "analysis", "figures", "--in", args.output, "--out", figures], check=True)

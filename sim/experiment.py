@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from policies import PolicyError, make_policy
+from policies import PolicyError, make_policy, policy_options
 from policies.profile import Profile
-from sim.__main__ import build_parser, find_profile, policy_options, sim_config, with_slo
+from sim.__main__ import build_parser, find_profile, sim_config
 from sim.cluster import simulate
-from traces.options import SAMPLE, load_trace, open_trace
+from traces.options import SAMPLE, load_trace, open_trace, with_slo
 from traces.record import RunResult, parse_goodput, summarize
 from traces.request import Trace, TraceError
 from traces.suggest import near

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from traces import assign, window, workload
 from traces.readers import FORMATS, read_trace
 from traces.request import Trace, TraceError
@@ -198,3 +200,10 @@ def assigned(trace: Trace, args: argparse.Namespace) -> Trace:
         raise TraceError("--adapter-assign column takes adapters and ranks from the trace: drop --adapters and --ranks")
     adapters = ADAPTERS if args.adapters is None else args.adapters
     return assign.assign_adapters(trace, spec, adapters=adapters, ranks=args.ranks or (DEFAULT_RANK,), seed=args.seed)
+
+
+def with_slo(trace: Trace, goodput: dict[str, float]) -> Trace:
+    """--goodput ttft:MS is also the deadline that admission control knows, unless the trace brings its own."""
+    if "ttft" not in goodput or trace.ttft_slo_ns is not None:
+        return trace
+    return trace.with_(ttft_slo_ns=np.full(len(trace), round(goodput["ttft"] * 1e6), np.int64))
