@@ -37,7 +37,7 @@ def atmm(
     stride, dtype or device.
     """
     layer, name = key
-    shape_key = (name, batch.tokens, batch.adapters, batch.rank, batch.merged >= 0)
+    shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.rank, batch.merged >= 0)
     if batch.tokens >= LONG:  # how the rows fall to tiles may change the choice
         shape_key += (batch.tiles(64), batch.tiles(128))
     shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
@@ -72,9 +72,9 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
         return lambda y, x, layer: None
     projection, mixture = pool.projections[name], batch.merged >= 0
     rank = max(16, triton.next_power_of_2(batch.rank))
-    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.adapters)
+    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected)
     strides = (x.stride(0), y.stride(0))
-    make = partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides)
+    make = partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides, groups=batch.adapters)
     if tiling:
         tiling = fitting(tiling, mixture=mixture)
         runs = [launch.bind(pool.device) for launch in make(tiling)]
@@ -148,12 +148,16 @@ def fitting(tiling: Tiling, *, mixture: bool) -> Tiling:
 
 
 def resolve(
-    shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int]
+    shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int], groups: int | None = None
 ) -> list[Launch]:
-    """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form."""
+    """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form.
+
+    groups: of rows that the grid must have room for; default: the shape's adapters.
+    """
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, d_out = len(shape.widths), sum(shape.widths)
-    tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) for rows in (t.rows, t.expand_rows))
+    groups = groups or shape.adapters
+    tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, groups) for rows in (t.rows, t.expand_rows))
     types = dict.fromkeys(("x", "y", "a", "b"), dtype) | dict.fromkeys(("route", "perm", "counters"), torch.int32)
     types |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
     sizes = {"K": shape.d_in, "D": d_out, "W0": widths[0], "W1": widths[1], "W2": widths[2], "SLICES": slices}

@@ -188,7 +188,8 @@ class LoraBatch:
     without a branch last; routes[BM] int32 [tiles, ROUTE_FIELDS] for BM in TILE_ROWS: row tiles packed without gaps;
     state int32 [2]: tokens in use, merged slot.
     tokens, adapters (distinct groups of rows that get a branch) and rank (largest padded rank) choose the kernel form
-    and its grid; `fix()` pins them to capacities for a graph. host_index and segments serve operators that need lists.
+    and its grid; `fix()` pins them to capacities for a graph. expected: adapters that the form is chosen for, no more
+    than `adapters`. host_index and segments serve operators that need lists.
     """
 
     def __init__(self, pool: LoraPool, max_tokens: int):
@@ -207,6 +208,7 @@ class LoraBatch:
             if (bound := self.tile_bound(rows, max_tokens, pool.slots + 1))
         }
         self.tokens, self.adapters, self.rank, self.merged = 0, 0, RANK_ALIGN, -1
+        self.expected = 0
         self.host_index = np.empty(0, np.int32)
         self._rows, self._tiles = np.empty(0, np.int64), {}  # rows of each group; tiles by their height, once asked for
         # of programs that meet, by how many they are: a count is always a multiple of that between two launches
@@ -229,19 +231,26 @@ class LoraBatch:
         return (tokens - groups) // tile_rows + groups
 
     def tiles(self, tile_rows: int) -> int:
-        """Row tiles of this height that the step needs; the most it may need where the shape is fixed for a graph."""
+        """Row tiles of this height that the step needs; the most that `expected` adapters may need where it is fixed."""
         if self._fixed:
-            return self.tile_bound(tile_rows, self.tokens, self.adapters)
+            return self.tile_bound(tile_rows, self.tokens, self.expected)
         if tile_rows not in self._tiles:
             self._tiles[tile_rows] = int((-(-self._rows // tile_rows)).sum())
         return self._tiles[tile_rows]
 
-    def fix(self, tokens: int, adapters: int, rank: int) -> None:
-        """Pin the shape that operators see (for the capture of a CUDA graph); `update` then rejects what exceeds it."""
+    def fix(self, tokens: int, adapters: int, rank: int, expected: int | None = None) -> None:
+        """Pin the shape that operators see (for the capture of a CUDA graph); `update` then rejects what exceeds it.
+
+        expected: how many adapters a replay will usually have, which decides the tiling; default: the capacity. Any
+        batch within the capacity is computed right; programs beyond its row tiles end at once.
+        """
         if not 1 <= tokens <= self.max_tokens:
             raise LoraError(f"tokens {tokens} is outside 1..{self.max_tokens}, the batch's capacity")
+        if expected is not None and not 1 <= expected <= adapters:
+            raise LoraError(f"expected {expected} adapters is outside 1..{adapters}, the capacity asked for")
         self._fixed = (tokens, adapters, -(-rank // RANK_ALIGN) * RANK_ALIGN)
         self.tokens, self.adapters, self.rank = self._fixed
+        self.expected = adapters if expected is None else expected
 
     def update(self, index: np.ndarray, merged: int = -1, *, route: bool = True) -> None:
         """Take a new step: index int [T] on the host, -1 or an occupied slot. One small copy, no synchronisation.
@@ -252,6 +261,8 @@ class LoraBatch:
         index = np.ascontiguousarray(index, dtype=np.int32)
         shape, counts = self._checked(index, merged)
         self.tokens, self.adapters, self.rank = self._fixed or shape
+        if not self._fixed:
+            self.expected = self.adapters
         self.merged, self.host_index = merged, index
         self._rows, self._tiles = counts, {}
         self.__dict__.pop("segments", None)

@@ -7,7 +7,8 @@ no table and no default: every tile size is an argument.
 With dependent launch (PDL) every kernel lets its successor start at once, and the successor reads what no kernel of the
 step writes (factors, routes) before it waits for its predecessor's results; x, y and v are read after the wait. So
 factors and routes must be complete before the step's first launch: `LoraBatch.update` sees to it, for factors loaded
-before it too.
+before it too. A program of a tile without rows (a graph's grid has room for the worst case) ends at once; the first
+tile's programs wait even so, because a launch that waits for nothing could end before its predecessor does.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def shrink(
     r = tl.program_id(0) // SPLIT % (R // BR) * BR + tl.arange(0, BR)
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    if (rows == 0) & (tl.program_id(1) > 0):
+        return
     if M:
         _, _, m_offset, m_rank, m_scale = _entry(route, tl.program_id(1), 1)
         is_m = plane >= SLICES
@@ -157,6 +160,8 @@ def expand(
         _trigger()
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, _ = _entry(route, tl.program_id(1), 0)
+    if (rows == 0) & (tl.program_id(1) > 0):
+        return
     s, column, width, base = _slice(tl.program_id(0), W0, W1, W2, BN * SPAN)
     EVEN: tl.constexpr = W0 % (BN * SPAN) == 0 and W1 % (BN * SPAN) == 0 and W2 % (BN * SPAN) == 0
     m = tl.arange(0, BM)
@@ -244,6 +249,8 @@ def fused(
     if PDL:
         _trigger()
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    if (rows == 0) & (tl.program_id(1) > 0):
+        return
     m = tl.arange(0, BM)
     r = tl.arange(0, R)
     k = tl.arange(0, BK)
@@ -300,6 +307,8 @@ def barrier(
     part = tl.program_id(0) % PARTS
     s = tl.program_id(0) // PARTS
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    if (rows == 0) & (tl.program_id(1) > 0):
+        return
     KP: tl.constexpr = (K // 8 + PARTS - 1) // PARTS * 8
     width = tl.where(s == 0, W0, tl.where(s == 1, W1, W2))
     base = tl.where(s == 0, 0, tl.where(s == 1, W0, W0 + W1))

@@ -169,11 +169,26 @@ def test_contents_change_under_a_fixed_shape():
         assert torch.equal(y[tokens:], rest)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tiling_for_the_expected_adapters_is_right_for_any(form):
+    pool, batch, _, random = world(DTYPES[1])
+    batch.fix(48, 5, 32, expected=1)
+    assert (batch.adapters, batch.expected) == (5, 1)
+    for index in (np.zeros(48, int), np.arange(48) % 5, np.full(3, -1), np.array([4])):
+        batch.update(index)
+        x, y = tensors(pool, (0, "qkv"), 48, random)
+        truth = torch.cat([reference(y[: len(index)], x[: len(index)], pool, batch, (0, "qkv")), y[len(index) :]])
+        atmm(y, x, pool, batch, (0, "qkv"), tiling=FORMS[form])
+        assert relative_error(y, truth) < 1e-2, index
+    with pytest.raises(LoraError, match="expected 6 adapters is outside"):
+        batch.fix(48, 5, 32, expected=6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 def test_graph_replays_with_new_contents(form):
     pool, batch, _, random = world(torch.bfloat16)
-    batch.fix(40, 5, 32)
+    batch.fix(40, 5, 32, expected=2)
     batch.update(np.zeros(40, int), route=False)
     x, y = tensors(pool, (0, "o"), 40, random)
 
