@@ -17,7 +17,7 @@ import torch
 from engine.adapters import HostAdapter, Loader, packed, random_packed
 from engine.cache import PageCache
 from engine.decoder import Decoder, projections_of
-from engine.graphs import DecodeGraphs
+from engine.graphs import DecodeGraphs, PackedGraphs
 from engine.heads import HeadError, TaskHead, random_head, read_head
 from engine.lora import Lora, operator_of
 from engine.models import Model, ModelError, ModelShape
@@ -137,8 +137,10 @@ def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: 
     heads = [None if head is None else head.to(decoder.head) for head in found.heads]
     runner = Runner(model, decoder, cache, lora, loader, heads, max_context=limits.max_context, seed=config.seed)
     if config.graphs and model.device.type == "cuda":
-        runner.graphs = DecodeGraphs(
-            decoder, cache, lora, runner.last_tokens, max_batch=limits.max_batch, width=runner.width
+        parts = (decoder, cache, lora, runner.last_tokens)
+        runner.graphs = DecodeGraphs(*parts, max_batch=limits.max_batch, width=runner.width)
+        runner.packed_graphs = PackedGraphs(
+            *parts, max_batch=limits.max_batch, max_tokens=limits.max_batch_tokens, width=runner.width
         )  # fmt: skip
     cost = Cost(profile, policy.operator, policy.switch, adapters) if profile is not None else None
     journal = Journal(keep_steps=config.keep_steps)

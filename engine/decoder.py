@@ -84,9 +84,9 @@ class Decoder:
         """The (fused) matrix of a projection."""
         return getattr(self.layers[key[0]], key[1])
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """[T, hidden] of token ids."""
-        return nn.functional.embedding(ids, self.embedding)
+    def embed(self, ids: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, hidden] of token ids int32 [T]; written to `into` where it is given."""
+        return torch.index_select(self.embedding, 0, ids, out=into)
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, layout: Layout,
                 keys: torch.Tensor, values: torch.Tensor, branch: Branch | None = None) -> torch.Tensor:

@@ -14,21 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from engine.adapters import Loader
 from engine.attention import Layout
 from engine.cache import PageCache
 from engine.decoder import Decoder
-from engine.graphs import DecodeGraphs
+from engine.graphs import DecodeGraphs, PackedGraphs
 from engine.heads import Detection, TaskHead
 from engine.lora import Lora
 from engine.models import Model
+from engine.packing import Packed, packed
 from engine.prompts import MadeUp, Prompt, RequestError
 from engine.sequence import Decodes, Sequence
 from engine.staging import Staging
 from engine.vision import VisionGraphs
+from kernels.extend import blocks_of
 from policies.ledger import Ledger
 from policies.plan import Plan
 from traces.request import Request
@@ -60,6 +61,7 @@ class Runner:
         self.heads = heads
         self.made_up = MadeUp(model.shape, seed, dtype=model.dtype, device=model.device)
         self.graphs = graphs
+        self.packed_graphs: PackedGraphs | None = None
         self.vision = VisionGraphs(model)
         self.width = -(-max_context // cache.page_tokens)
         self.answers: dict[int, Answer] = {}
@@ -153,12 +155,23 @@ class Runner:
     def launch(self, ledger: Ledger, number: int) -> None:
         """Put step `number` of the lease (0 the first) on the device."""
         ledger.pool.make_room(ledger.cohort.pages_for(number + 1))
+        self._compute()
+
+    def _compute(self) -> None:
+        """The next step of the plan, by a graph where there is one for its size."""
         plan, n = self._plan, len(self._decodes.sequences)
-        if self._chunks or self.graphs is None or not self.graphs.serves(plan.mode, n):
-            self._launch_eager()
-        else:
+        if not self._chunks and self.graphs is not None and self.graphs.serves(plan.mode, n):
             tokens = self.graphs.replay(plan.mode, plan.merged, self._decodes)
             self._take_off(self._decodes.sequences, tokens, [])
+            return
+        step = packed(self._decodes, self._chunks, self.model.shape, self.cache.page_tokens)
+        if self.packed_graphs is not None and self.packed_graphs.serves(plan.mode, len(step.ids)):
+            into = self.packed_graphs.hidden[: len(step.ids)]
+            self._embedded(step, into)
+            tokens, final = self.packed_graphs.replay(plan.mode, plan.merged, step)
+            self._take_off(step.outputs, tokens, self._answers_of_heads(step.heads, final))
+        else:
+            self._launch_eager(step)
 
     def collect(self) -> None:
         """Wait for the oldest step under way and take its tokens."""
@@ -239,66 +252,43 @@ class Runner:
         return image.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def _launch_eager(self) -> None:
-        """A step of any shape: decodes first, then the chunks."""
-        decodes, chunks, shape = self._decodes, self._chunks, self.model.shape
-        n = len(decodes.sequences)
-        positions, slots, lengths = decodes.step()
-        page = self.cache.page_tokens
-        ids, slot_parts = [np.zeros(n, np.int32)], [slots]
-        position_parts = [np.broadcast_to(positions, (3 if shape.mrope else 1, n))]
-        adapters, pages, image_rows, feature_parts, outputs = [decodes.adapters], [], [], [], list(decodes.sequences)
-        output_rows, heads, total = list(range(n)), [], n
-        for sequence, tokens in chunks:
-            start, stop = sequence.kv, sequence.kv + tokens
-            ids.append(sequence.ids_at(start, stop))
-            position_parts.append(sequence.positions_at(start, stop))
-            table = np.array(sequence.table.pages, np.int32)
-            at = np.arange(start, stop)
-            slot_parts.append(table[at // page] * page + at % page)
-            pages.append(table[: -(-stop // page)])
-            adapters.append(np.full(tokens, sequence.adapter, np.int32))
-            if sequence.features is not None:
-                offsets, rows = sequence.image_rows(start, stop, shape)
-                image_rows.append(offsets + total)
-                feature_parts.append((sequence.features, rows))
-            if sequence.head is not None:
-                heads.append((sequence, total, total + tokens))
-            elif stop == sequence.target:
-                outputs.append(sequence)
-                output_rows.append(total + tokens - 1)
-            total += tokens
-        sizes = [(tokens, sequence.kv) for sequence, tokens in chunks]
-        cumulative = [np.cumsum([0, *(t for t, _ in sizes)]), np.cumsum([0, *(t + c for t, c in sizes)])]
-        arrays = [
-            np.concatenate(ids), np.concatenate(position_parts, axis=1), np.concatenate(slot_parts), decodes.rows, lengths,
-            decodes.tables, np.array(output_rows, np.int32), np.array([s.row for s in outputs], np.int32), *cumulative,
-            np.concatenate([np.empty(0, np.int32), *image_rows]), *(rows for _, rows in feature_parts), *pages,
-        ]  # fmt: skip
-        sent = self._staging.send(arrays)
-        d_ids, d_positions, d_slots, d_rows, d_lengths, d_tables, d_out, d_out_rows, cu_q, cu_k, d_image_rows, *rest = sent
-        parts, d_pages = rest[: len(feature_parts)], rest[len(feature_parts) :]
-        d_ids[:n] = self.last_tokens[d_rows]
-        hidden = self.decoder.embed(d_ids)
-        if feature_parts:
-            found = [features[rows] for (features, _), rows in zip(feature_parts, parts, strict=True)]
-            hidden[d_image_rows] = torch.cat(found).to(hidden.dtype)
-        branch = self.lora.branch(self._plan.mode, self._plan.merged, np.concatenate(adapters))
-        layout = Layout(n, d_tables, d_lengths, sizes, d_pages, cu_q, cu_k)
-        final = self.decoder.forward(hidden, d_positions, d_slots, layout, self.cache.keys, self.cache.values, branch)
-        logits = self.decoder.logits(final[d_out])
+    def _launch_eager(self, step: Packed) -> None:
+        """A step of any shape, kernel by kernel."""
+        n = step.decodes
+        arrays = [step.positions, step.slots, step.lengths, step.tables, step.out_rows, step.out_slots]
+        if step.chunks:
+            arrays.append(blocks_of(step.chunks, n, n))
+        positions, slots, lengths, tables, out_rows, out_slots, *blocks = self._staging.send(arrays)
+        branch = self.lora.branch(self._plan.mode, self._plan.merged, step.adapters)
+        layout = Layout(n, tables, lengths, *blocks)
+        hidden = self._embedded(step)
+        final = self.decoder.forward(hidden, positions, slots, layout, self.cache.keys, self.cache.values, branch)
+        logits = self.decoder.logits(final[out_rows])
         if self.observer is not None:
-            self.observer(outputs, logits)
+            self.observer(step.outputs, logits)
         tokens = logits.argmax(-1).int()
-        self.last_tokens[d_out_rows] = tokens
-        self._take_off(outputs, tokens, self._answers_of_heads(heads, final))
+        self.last_tokens[out_slots] = tokens
+        self._take_off(step.outputs, tokens, self._answers_of_heads(step.heads, final))
+
+    def _embedded(self, step: Packed, into: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, hidden]: embeddings of the tokens, image features in place of image tokens; in `into` where it is given."""
+        arrays = [step.ids, step.rows, step.image_rows, *(rows for _, rows in step.features)]
+        ids, rows, image_rows, *parts = self._staging.send(arrays)
+        if step.decodes:
+            ids[: step.decodes] = self.last_tokens[rows]
+        hidden = self.decoder.embed(ids, into)
+        if step.features:
+            found = [features[rows] for (features, _), rows in zip(step.features, parts, strict=True)]
+            hidden[image_rows] = torch.cat(found).to(hidden.dtype)
+        return hidden
 
     def _answers_of_heads(self, heads: list[tuple[Sequence, int, int]], final: torch.Tensor) -> list:
         answers = []
         for sequence, start, stop in heads:
             head = sequence.head
             rows = final[start:stop][-head.queries :]
-            sequence.tail = rows if sequence.tail is None else torch.cat([sequence.tail, rows])[-head.queries :]
+            # a copy: the next step may write where `final` lies
+            sequence.tail = rows.clone() if sequence.tail is None else torch.cat([sequence.tail, rows])[-head.queries :]
             if sequence.kv + stop - start == sequence.target:
                 answers.append((sequence, head.answer(sequence.tail)))
         return answers

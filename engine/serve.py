@@ -116,7 +116,8 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
         kinds = [PLAIN]
         if trace.adapters and (trace.adapter >= 0).any():
             kinds += [BRANCHED, MIXED] if policy.merges else [BRANCHED]
-        runner.graphs.capture(tuple(kinds))
+        for graphs in (runner.packed_graphs, runner.graphs):
+            graphs.capture(tuple(kinds))
         if (trace.images > 0).any():
             runner.vision.capture()
         runner.lora.warm(mixture=policy.merges)

@@ -132,7 +132,7 @@ class Bench:
         runner._chunks = [(sequence, tokens // parts) for sequence in sequences]
 
         def run() -> None:
-            runner._launch_eager()
+            runner._compute()
             runner._flights.clear()
 
         for _ in range(3):

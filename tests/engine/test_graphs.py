@@ -8,20 +8,26 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from engine.graphs import BRANCHED, MIXED, PLAIN, DecodeGraphs, buckets_up_to  # noqa: E402
+from engine.graphs import (  # noqa: E402
+    BRANCHED,
+    MIXED,
+    PLAIN,
+    DecodeGraphs,
+    PackedGraphs,
+    buckets_up_to,
+    token_buckets_up_to,
+)
 from engine.vision import VisionGraphs  # noqa: E402
 
 
-class Replayed(DecodeGraphs):
+class Steps:
     """Steps instead of graphs; notes which kinds and buckets ran, and shows the logits to the runner's observer."""
 
-    def __init__(self, w):
+    def __init__(self, w, **sizes):
         decoder = SimpleNamespace(
             embed=w.decoder.embed, forward=w.decoder.forward, head=w.decoder.head, shape=w.decoder.shape, logits=self._logits
         )
-        super().__init__(
-            decoder, w.runner.cache, w.runner.lora, w.runner.last_tokens, max_batch=6, width=w.runner.width
-        )  # fmt: skip
+        super().__init__(decoder, w.runner.cache, w.runner.lora, w.runner.last_tokens, width=w.runner.width, **sizes)
         self._w, self.ran = w, set()
 
     def _logits(self, hidden):
@@ -31,12 +37,22 @@ class Replayed(DecodeGraphs):
     def _record(self, step):
         return SimpleNamespace(replay=step)
 
+
+class ReplayedDecodes(Steps, DecodeGraphs):
     def replay(self, mode, merged, decodes):
         n = len(decodes.sequences)
         self.ran.add((self._kind(mode), self._bucket(n)))
         tokens = super().replay(mode, merged, decodes).clone()
         self._w.runner.observer(decodes.sequences, self._seen[:n])
         return tokens
+
+
+class ReplayedChunks(Steps, PackedGraphs):
+    def replay(self, mode, merged, step):
+        self.ran.add((self._kind(mode), self._bucket(len(step.ids))))
+        tokens, final = super().replay(mode, merged, step)
+        self._w.runner.observer(step.outputs, self._seen[: len(step.outputs)])
+        return tokens.clone(), final
 
 
 @pytest.mark.parametrize(
@@ -56,14 +72,17 @@ def test_padded_buckets_give_what_eager_steps_give(world, trace, model, monkeypa
     w = world(name, requests, policy, limits=(6, 64, 256), options=options)
     monkeypatch.setattr(type(w.runner.lora), "capturable", lambda self, *, mixture: True)
     monkeypatch.setattr(type(w.runner.lora), "refresh", lambda self, batch, *, mixture: None)
-    w.runner.graphs = Replayed(w)
+    w.runner.graphs, w.runner.packed_graphs = ReplayedDecodes(w, max_batch=6), ReplayedChunks(w, max_batch=6, max_tokens=64)
     w.runner.graphs.capture()
+    w.runner.packed_graphs.capture()
     got = w.logits()
     assert got.keys() == expected.keys()
     for request, rows in expected.items():
         torch.testing.assert_close(got[request], rows, rtol=0, atol=2e-5)
     assert {kind for kind, _ in w.runner.graphs.ran} == kinds
     assert any(bucket == 4 for _, bucket in w.runner.graphs.ran), "some batch of three was padded"
+    assert {kind for kind, _ in w.runner.packed_graphs.ran} >= kinds - {PLAIN}
+    assert {bucket for _, bucket in w.runner.packed_graphs.ran} >= {32, 64}
 
 
 @pytest.mark.parametrize("images", [1, 3, 16, 21])
@@ -100,3 +119,5 @@ def test_buckets():
     assert buckets_up_to(6) == [1, 2, 4, 6]
     assert buckets_up_to(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
     assert buckets_up_to(100)[-3:] == [80, 96, 100]
+    assert token_buckets_up_to(100) == [16, 32, 64, 96, 100]
+    assert token_buckets_up_to(600)[-4:] == [256, 384, 512, 600]

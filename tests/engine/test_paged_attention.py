@@ -1,6 +1,5 @@
 """The kernels of a decoder layer against plain torch: paged decode attention and the fused small steps."""
 
-from itertools import pairwise
 
 import pytest
 
@@ -9,6 +8,7 @@ pytest.importorskip("triton")
 
 from kernels import pointwise  # noqa: E402
 from kernels.attention import paged_decode, splits_for  # noqa: E402
+from kernels.extend import blocks_of, extend, most_blocks  # noqa: E402
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -73,6 +73,55 @@ def test_splits_fill_the_gpu_and_no_more():
     assert splits_for(1, 4) == 32
 
 
+def extend_error(chunks, heads, kv_heads, width, dtype, device, spare=3):
+    """Largest error of `extend` over the rows of `chunks`; the first two rows are somebody else's."""
+    k, v, tables, _ = caches([tokens + context for tokens, context in chunks], kv_heads, width, dtype, device)
+    total = 2 + sum(tokens for tokens, _ in chunks)
+    packed = torch.randn(total, (heads + 2 * kv_heads) * width, generator=torch.Generator().manual_seed(1))
+    q = packed.to(device, dtype)[:, : heads * width]
+    out = torch.full((total, heads * width), 7.0, dtype=dtype, device=device)
+    blocks = torch.from_numpy(blocks_of(chunks, 2, 0))
+    blocks = torch.cat([blocks, torch.zeros(spare, 4, dtype=torch.int32)]).to(device)
+    extend(q, k, v, tables, blocks, out, width**-0.5)
+    assert bool((out[:2] == 7.0).all()), "rows of nobody are left alone"
+    row, worst = 2, 0.0
+    for i, (tokens, context) in enumerate(chunks):
+        for t in range(0, tokens, max(1, tokens // 7)):
+            length = torch.tensor([context + t + 1])
+            right = by_hand(q[row + t : row + t + 1], k, v, tables[i : i + 1], length, heads)
+            worst = max(worst, float((out[row + t].float() - right[0]).abs().max()))
+        row += tokens
+    return worst
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)], ids=["multi-head", "grouped"])
+def test_extend_in_the_interpreter(heads, kv_heads):
+    chunks = [(1, 0), (17, 0), (130, 5), (3, 200), (40, 64)]
+    assert extend_error(chunks, heads, kv_heads, 16, torch.float32, "cpu") < 1e-5
+
+
+@cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)], ids=["llava", "qwen2-vl"])
+def test_extend_on_the_gpu(heads, kv_heads):
+    chunks = [(1, 0), (17, 0), (130, 5), (512, 3000), (1024, 0), (100, 63), (100, 64), (129, 1)]
+    assert extend_error(chunks, heads, kv_heads, 128, torch.bfloat16, "cuda") < 2e-2
+
+
+def test_blocks_cover_every_row_once_and_the_longest_come_first():
+    chunks = [(300, 0), (5, 1000), (128, 128)]
+    blocks = blocks_of(chunks, 10, 4)
+    assert len(blocks) <= most_blocks(433, 3)
+    rows = sorted(row for first, count, _, _ in blocks.tolist() for row in range(first, first + count))
+    assert rows == list(range(10, 443))
+    keys = [count + before for _, count, before, _ in blocks.tolist()]
+    assert keys == sorted(keys, reverse=True)
+    assert blocks.tolist()[0] == [310, 5, 1000, 5]
+    assert [10 + 256, 44, 256, 4] in blocks.tolist()
+    assert blocks_of([], 0, 0).shape == (0, 4)
+
+
 @pytest.mark.parametrize("q_shape", [(2, 48), (2, 40)])
 def test_paged_decode_refuses_what_does_not_fit(q_shape):
     k = torch.zeros(2, 2, 16, 16)
@@ -116,26 +165,10 @@ def test_fused_small_steps_equal_plain_torch_on_the_gpu():
             torch.testing.assert_close(got.cpu(), plain, rtol=tolerance, atol=tolerance)
 
 
-def flash_by_hand(q, k, v, cu_q, cu_k, most_q, most_k, dropout, causal, debug, *, scale):
-    """What torch's flash kernel computes for packed sequences: causal, aligned at the end of the keys."""
-    assert (dropout, causal, debug) == (0.0, True, False)
-    assert max(cu_q.diff()) == most_q
-    assert max(cu_k.diff()) == most_k
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    out = torch.empty_like(q)
-    groups = q.shape[1] // k.shape[1]
-    for (a, b), (c, d) in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
-        keys, values = (part[c:d].repeat_interleave(groups, 1) for part in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) * scale
-        hidden = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)).logical_not()
-        out[a:b] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
-    return out, None
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
 @pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2-vl"])
 def test_the_engine_runs_on_its_gpu_path(world, trace, model, monkeypatch, name):
-    """All Triton kernels of a layer in the interpreter, and torch's flash kernel by hand: the logits stay the same."""
+    """All Triton kernels of a layer in the interpreter: the logits stay the same."""
     from engine import attention
 
     requests = trace(3, 2, image_tokens=model(name)[0].shape.image_tokens, images=1, output=3, span_ns=10)
@@ -151,5 +184,4 @@ def test_the_engine_runs_on_its_gpu_path(world, trace, model, monkeypatch, name)
     expected = logits()
     monkeypatch.setattr(pointwise, "_fused", lambda tensor: True)
     monkeypatch.setattr(attention, "_fused", lambda tensor: True)
-    monkeypatch.setattr(attention, "flash", flash_by_hand)
     torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-5)
