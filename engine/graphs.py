@@ -42,8 +42,8 @@ def buckets_up_to(most: int) -> list[int]:
 
 
 def token_buckets_up_to(most: int) -> list[int]:
-    """Tokens: 16, 32, 64, 96, 128, 192, 256, then multiples of 128 (a matrix product's tile), ending at `most`."""
-    sizes = [b for b in (16, 32, 64, 96, 128, 192, 256, *range(384, most + 128, 128)) if b < most]
+    """Tokens: multiples of 16 to 128, of 32 to 512, of 64 beyond, ending at `most`: a matrix product pays for padding."""
+    sizes = [b for b in (*range(16, 129, 16), *range(160, 513, 32), *range(576, most + 64, 64)) if b < most]
     return [*sizes, most]
 
 

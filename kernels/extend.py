@@ -18,10 +18,12 @@ import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
-ROWS = 128
-"""Query rows of a block."""
+ROWS = 64
+"""Query rows of a block. With KEYS, STAGES and four warps the fastest or near it of 20 tilings on an H200, for chunks of 128
+to 2,048 tokens (torch 2.11, Triton 3.6): 33 us for 1,024 tokens of 32 heads, where torch's varlen kernel takes 57."""
 KEYS = 64
 """Keys of one step of a program's loop; a multiple of the page."""
+STAGES = 3
 BLOCK_FIELDS = 4
 
 
@@ -133,5 +135,5 @@ def extend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables
     _extend[(heads, len(blocks))](
         q, k_cache, v_cache, tables, blocks, out, scale * LOG2_E, q.stride(0), tables.stride(0), out.stride(0),
         HQ=heads, HK=kv_heads, D=width, PAGE=page, M=ROWS, KEYS=KEYS, IEEE=q.dtype is torch.float32, LOOP=not INTERPRETED,
-        STAGES=2, num_warps=8,
+        STAGES=STAGES, num_warps=4,
     )
