@@ -7,9 +7,12 @@ trace on the wall clock. A signal ends the replay; what has finished is written.
 from __future__ import annotations
 
 import argparse
+import gc
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,13 +101,26 @@ class Session:
         if signals.asked:
             return None
         signals.driver = driver
-        driver.run()
+        with frozen_heap():
+            driver.run()
         signals.driver = None
         settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
         settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in self.found.reasons.items()]
         result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
         return result
+
+
+@contextmanager
+def frozen_heap() -> Iterator[None]:
+    """What exists by now is left out of garbage collection: with torch and transformers loaded a full one stops the loop for
+    longer than a step takes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, requests: int) -> float:
