@@ -142,7 +142,7 @@ def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: 
         runner.packed_graphs = PackedGraphs(
             *parts, max_batch=limits.max_batch, max_tokens=limits.max_batch_tokens, width=runner.width
         )  # fmt: skip
-    cost = Cost(profile, policy.operator, policy.switch, adapters) if profile is not None else None
+    cost = Cost(profile, policy.operator, policy.switch, adapters, policy.name) if profile is not None else None
     journal = Journal(keep_steps=config.keep_steps)
     return Engine(runner, Ledger(pool, limits, journal, cost, oracle=policy.oracle), journal, cost, page_bytes, operator)
 

@@ -83,14 +83,17 @@ class WallClock:
 
 
 class MockedClock:
-    """Time moves by what `cost` says a step and a copy take. runner: None, or what computes the steps meanwhile."""
-
-    depth = 1
+    """Time moves by what `cost` says a step, a lease's boundary and a copy take, as in the simulator. runner: None, or what
+    computes the steps meanwhile."""
 
     def __init__(self, cost: Cost, runner: Runner | None = None):
+        self.depth = 1 + cost.profile.steps_ahead
         self._cost = cost
         self._runner = runner
         self._now_ps = 0
+        self._end_ps = -1  # of the last step
+        self._started = 0  # copies since the last lease began
+        self._slow_ps = 0  # what each step of the lease takes longer because of a copy
         self._link_free_ps = 0
         self._loads: deque[tuple[int, int]] = deque()  # (end, adapter)
 
@@ -98,6 +101,7 @@ class MockedClock:
         return self._now_ps
 
     def start_load(self, adapter: int) -> None:
+        self._started += 1
         begin_ps = max(self._link_free_ps, self._now_ps)
         self._link_free_ps = begin_ps + self._cost.load_ns(adapter) * PS_PER_NS
         self._loads.append((self._link_free_ps, adapter))
@@ -119,11 +123,16 @@ class MockedClock:
     def finish_step(self, work: Work, number: int) -> int:
         if self._runner is not None:
             self._runner.collect()
-        linear, attention, vision, lora, host, switch = self._cost.fixed(work)
-        step = linear + lora + host + (attention + vision + switch if number == 0 else 0)
-        if work.decodes:
-            step += self._cost.attention_at(work.decodes, work.context_tokens + number * work.decodes)
-        self._now_ps += step
+        cost = self._cost
+        if number == 0:
+            self._slow_ps = 0
+            if self._loads and cost.profile.load_slowdown:
+                self._slow_ps = cost.beside_load_ps(cost.step_ps(work))
+            idle = self._end_ps != self._now_ps
+            self._now_ps += cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
+            self._started = 0
+        self._now_ps += cost.step_ps(work, number, self._slow_ps)
+        self._end_ps = self._now_ps
         return self._now_ps
 
     def sleep(self, until_ps: int) -> None:

@@ -15,7 +15,7 @@ from collections import Counter
 from functools import lru_cache
 
 from policies.plan import BASE, MIXTURE, UNMERGED, Work
-from policies.profile import Profile
+from policies.profile import LEASE_PARTS, Profile
 from traces.request import Adapter
 
 PS_PER_US = 1_000_000
@@ -66,22 +66,28 @@ class Cost:
     """Costs of one model on one GPU with one LoRA operator.
 
     profile: the tables. operator: whose LoRA kernels run; "none" makes the branch free. switch: which way of folding
-    adapters into the weights ("fused", "addmm", "peft"). adapters: for their ranks. Raises KeyError, naming what exists,
-    for an operator or switch that the profile does not have.
+    adapters into the weights ("fused", "addmm", "peft"). adapters: for their ranks. policy: who decides, which takes time.
+    Raises ProfileError, naming what exists, for an operator or switch that the profile does not have.
     """
 
-    def __init__(self, profile: Profile, operator: str, switch: str, adapters: tuple[Adapter, ...]):
+    def __init__(self, profile: Profile, operator: str, switch: str, adapters: tuple[Adapter, ...], policy: str = ""):
         self.profile = profile
         self.operator = operator
         self.outside: Counter[str] = Counter()
         self._adapters = adapters
         self._linear = self._curve("linear", profile.linear)
+        self._prefill_linear = self._linear
+        if profile.prefill_linear:
+            self._prefill_linear = self._curve("prefill_linear", profile.prefill_linear)
         self._vision = self._curve("vision", profile.vision)
         self._output = self._curve("output", profile.output)
         self._switch = self._curve("switch", profile.named("switch", switch))
         self._attention = {
             n: self._curve("decode_attention", points) for n, points in sorted(profile.decode_attention.items())
         }
+        self._mixed_attention = {
+            n: self._curve("mixed_attention", points) for n, points in sorted(profile.mixed_attention.items())
+        } or self._attention
         self._prefill = {
             context: self._curve("prefill_attention", points)
             for context, points in sorted(profile.prefill_attention.items())
@@ -96,8 +102,12 @@ class Cost:
         self._padded = profile.pads(operator)
         self._host_ps = round(profile.host_step_us * PS_PER_US)
         self._host_request_ps = round(profile.host_request_us * PS_PER_US)
+        lease = {part: round(profile.lease_us.get(part, 0) * PS_PER_US) for part in LEASE_PARTS}
+        lease["base"] += round(profile.decide_us.get(policy, 0) * PS_PER_US)
+        self._lease = tuple(lease.values())
         # Batches repeat; memory stays bounded whatever the trace.
         self.linear_ps = lru_cache(65_536)(lambda tokens: round(self._linear(tokens)))
+        self.prefill_linear_ps = lru_cache(65_536)(lambda tokens: round(self._prefill_linear(tokens)))
         self.output_ps = lru_cache(4_096)(lambda rows: round(self._output(rows)))
         self.lora_ps = lru_cache(65_536)(self._lora_ps)
         self._branch = lru_cache(4_096)(self._branch_curve)
@@ -109,11 +119,12 @@ class Cost:
         return Curve(points, name, self.outside)
 
     # -- pieces, in picoseconds -----------------------------------------------------------------------------------------
-    def _segments(self, decodes: int) -> Segments:
-        """The decode attention of `decodes` requests as a function of their context tokens in all."""
-        grid = list(self._attention)
+    def _segments(self, decodes: int, mixed: bool = False) -> Segments:
+        """The decode attention of `decodes` requests as a function of their context tokens in all; mixed: beside chunks."""
+        table = self._mixed_attention if mixed else self._attention
+        grid = list(table)
         low, high, share = _between(grid, decodes)
-        below, above = self._attention[grid[low]], self._attention[grid[high]]
+        below, above = table[grid[low]], table[grid[high]]
         # Beyond the largest measured batch attention is bandwidth-bound, so its cost grows with the batch.
         scale = decodes / grid[-1] if decodes > grid[-1] else 1.0
         if scale > 1:
@@ -178,34 +189,67 @@ class Cost:
 
     # -- a step -----------------------------------------------------------------------------------------------------
     def fixed(self, work: Work) -> tuple[int, int, int, int, int, int]:
-        """(linear, prefill attention, vision, lora, host, switch) of a first step in ps: all but the decodes' attention."""
+        """(linear, prefill attention, vision, lora, host, switch) of a first step in ps: all but the decodes' attention.
+
+        The first four and the last are the GPU's and add up; a step takes their sum or, if that is longer, the host's part.
+        """
         if not work.prefills and not work.switch_rank:
-            return self._decode(work.decodes, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.outputs)
+            return self._decode(
+                work.decodes, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.outputs, work.mode == MIXTURE
+            )
         attention = vision = 0
         for tokens, context in work.prefills:
             attention += self.prefill_attention_ps(tokens, context)
         if work.images:
             vision = round(self._vision(work.images))
+        tokens = work.decodes + work.prefill_tokens
+        linear = self.prefill_linear_ps(tokens) if work.prefills else self.linear_ps(tokens)
+        phase = self._phase(bool(work.prefills), work.mode == MIXTURE)
         return (
-            self.linear_ps(work.decodes + work.prefill_tokens) + self.output_ps(work.outputs),
+            linear + self.output_ps(work.outputs),
             attention,
             vision,
-            self._branch_ps(work.lora_tokens, work.adapters, work.rank, work.lora_ranks, bool(work.prefills)),
+            self._branch_ps(work.lora_tokens, work.adapters, work.rank, work.lora_ranks, phase),
             self._host_ps + self._host_request_ps * (work.decodes + len(work.prefills)),
             round(self._switch(work.switch_rank)) if work.switch_rank else 0,
         )
 
-    def _decode_fixed(self, decodes: int, lora_tokens: int, adapters: int, rank: int, ranks: int, outputs: int):
+    def _decode_fixed(self, decodes: int, lora_tokens: int, adapters: int, rank: int, ranks: int, outputs: int,
+                      mixture: bool) -> tuple[int, int, int, int, int, int]:
         """`fixed` of a step without prefill and switch; such steps repeat, so it is worth remembering."""
         linear = self.linear_ps(decodes) + self.output_ps(outputs)
-        lora = self._branch_ps(lora_tokens, adapters, rank, ranks, False)
+        lora = self._branch_ps(lora_tokens, adapters, rank, ranks, self._phase(False, mixture))
         return linear, 0, 0, lora, self._host_ps + self._host_request_ps * decodes, 0
 
-    def _branch_ps(self, rows: int, adapters: int, rank: int, ranks: int, prefill: bool) -> int:
+    def _phase(self, prefill: bool, mixture: bool) -> str:
+        phase = "prefill" if prefill else "decode"
+        return f"mixture_{phase}" if mixture and f"mixture_{phase}" in self._lora else phase
+
+    def _branch_ps(self, rows: int, adapters: int, rank: int, ranks: int, phase: str) -> int:
         """The LoRA branch of `rows` rows. Padded operators pay for the largest rank of a batch, the others for the mean."""
         if not rows:
             return 0
-        return self.lora_ps(rows, adapters, rank if self._padded else ranks / adapters, "prefill" if prefill else "decode")
+        return self.lora_ps(rows, adapters, rank if self._padded else ranks / adapters, phase)
+
+    def step_ps(self, work: Work, number: int = 0, slow_ps: int = 0) -> int:
+        """Time of step `number` of a lease (0 the first, which alone has prefills, images and a switch), without what its
+        boundary costs. slow_ps: what the GPU takes longer because a copy is under way."""
+        linear, attention, vision, lora, host, switch = self.fixed(work)
+        gpu = slow_ps + linear + lora + (0 if number else attention + vision + switch)
+        if work.decodes:
+            context = work.context_tokens + number * work.decodes
+            gpu += self.attention_at(work.decodes, context, mixed=bool(work.prefills))
+        return max(gpu, host)
+
+    def lease_ps(self, decodes: int, chunks: int, images: int, loads: int, *, idle: bool) -> int:
+        """What the host takes at the boundary before a lease, while the GPU waits: to close the books of the last one (or,
+        idle, to wake up), to decide, and to put the first step on the GPU. loads: copies of adapters that it starts."""
+        base, request, chunk, image, load, wake = self._lease
+        return base + request * decodes + chunk * chunks + image * images + load * loads + (wake if idle else 0)
+
+    def beside_load_ps(self, step_ps: int) -> int:
+        """By how much a step of `step_ps` takes longer while an adapter is loaded."""
+        return round(step_ps * self.profile.load_slowdown)
 
     # -- what policies ask --------------------------------------------------------------------------------------------
     def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE, cold: int = -1) -> int:
@@ -217,19 +261,20 @@ class Cost:
             return 0
         ranks = self._adapters[0].rank if self._adapters else 0
         rows = decodes if mode == UNMERGED else 2 * (decodes if cold < 0 else cold) if mode == MIXTURE else 0
-        work = Work(mode, decodes, 0, (), 0, 0, rows, adapters, ranks, ranks * adapters, 0, decodes)
-        return (sum(self.fixed(work)) + self.attention_at(decodes, decodes * context)) // 1000
+        work = Work(mode, decodes, decodes * context, (), 0, 0, rows, adapters, ranks, ranks * adapters, 0, decodes)
+        return self.step_ps(work) // 1000
 
-    def attention_at(self, decodes: int, context_tokens: int) -> int:
-        """Decode attention in ps at one point."""
-        starts, values, slopes = self.segments(decodes)
+    def attention_at(self, decodes: int, context_tokens: int, mixed: bool = False) -> int:
+        """Decode attention in ps at one point; mixed: in a step that has chunks of prompts, too."""
+        starts, values, slopes = self.segments(decodes, mixed)
         at = bisect_right(starts, context_tokens) - 1
         return values[at] + slopes[at] * (context_tokens - starts[at])
 
     def prefill_ns(self, tokens: int, images: int = 0) -> int:
         """Predicted time of a prefill of `tokens` tokens alone, without LoRA."""
         vision = round(self._vision(images)) if images else 0
-        return (self.linear_ps(tokens) + self.prefill_attention_ps(tokens, 0) + vision + self._host_ps) // 1000
+        gpu = self.prefill_linear_ps(tokens) + self.prefill_attention_ps(tokens, 0) + vision
+        return max(gpu, self._host_ps + self._host_request_ps) // 1000
 
     def switch_ns(self, adapter: int) -> int:
         """Time to fold `adapter` into the weights, or to take it out."""

@@ -10,13 +10,19 @@ import difflib
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 Points = list[tuple[float, float]]
 
 POSITIVE = ("kv_bytes_per_token", "adapter_bytes_per_rank", "load_gb_per_s", "device_bytes", "max_context")
 """Numbers that are divided by, or without which nothing runs."""
+
+LEASE_PARTS = ("base", "request", "chunk", "image", "load", "wake")
+"""What `lease_us` may hold: the host's time at the boundary of a lease, in all, and for each decoding request, chunk of a
+prompt, image and started load in it; wake: what it takes longer to begin from idleness."""
+LORA_PHASES = ("decode", "prefill", "mixture_decode", "mixture_prefill")
+"""Tables that an operator may have, the first two always; without the others, steps in mixture mode are charged by those."""
 
 
 class ProfileError(ValueError):
@@ -30,8 +36,15 @@ class Profile:
     kind: "measured", "analytic", or "extrapolated" (a measured table scaled to another GPU). linear: whole forward pass
     but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context.
     prefill_attention: context before the chunk -> points over its tokens. vision: by images encoded together. output: LM
-    head, by rows. lora: operator -> {"decode" | "prefill": {rank: {adapters: points over tokens}}, "pads": bool}, the
-    branch of all layers. switch: way -> points over the rank. Sizes are bytes; image_tokens is per image.
+    head, by rows. lora: operator -> {LORA_PHASES: {rank: {adapters: points over tokens}}, "pads": bool}, the branch of all
+    layers. switch: way -> points over the rank. Sizes are bytes; image_tokens is per image. host_step_us, host_request_us:
+    the host's part of a step, hidden behind the GPU: a step takes the longer of both. load_gb_per_s: of an adapter's copy.
+
+    What only an engine has, neutral where a file lacks it. steps_ahead: 1 where a further step is under way when an event
+    is noticed at a step's end. prefill_linear: `linear` of steps with chunks of prompts; mixed_attention: decode_attention
+    in them; empty: as in steps without. lease_us: see LEASE_PARTS; decide_us: policy -> time of a decision. load_slowdown:
+    by what share a step takes longer while an adapter is loaded. scatter: table -> the 10th and 90th percentile of its
+    repeats over their median; "model": of held-out steps, measured over predicted.
     """
 
     name: str
@@ -59,6 +72,13 @@ class Profile:
     load_latency_us: float
     host_step_us: float
     host_request_us: float
+    steps_ahead: int = 0
+    prefill_linear: Points = field(default_factory=list)
+    mixed_attention: dict[int, Points] = field(default_factory=dict)
+    lease_us: dict[str, float] = field(default_factory=dict)
+    decide_us: dict[str, float] = field(default_factory=dict)
+    load_slowdown: float = 0.0
+    scatter: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def named(self, table: str, name: str):
         """Entry `name` of `lora` or `switch`. Raises ProfileError listing what exists."""
@@ -114,10 +134,12 @@ def load_profile(path: str | Path) -> Profile:
         raise ProfileError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):
         raise ProfileError(f"{path}: expected a JSON object")
-    fields = set(Profile.__dataclass_fields__) - {"sha256", "name"}
-    for key in sorted(set(data) ^ fields):
-        what = "missing" if key in fields else f"unknown; known keys are {', '.join(sorted(fields))}"
-        raise ProfileError(f"{path}: key {key!r} is {what}")
+    known = {entry.name: entry for entry in fields(Profile) if entry.name not in ("sha256", "name")}
+    for key in sorted(set(data) ^ set(known)):
+        if key not in known:
+            raise ProfileError(f"{path}: key {key!r} is unknown; known keys are {', '.join(sorted(known))}")
+        if known[key].default is MISSING and known[key].default_factory is MISSING:
+            raise ProfileError(f"{path}: key {key!r} is missing")
     if data["kind"] not in ("measured", "analytic", "extrapolated"):
         raise ProfileError(f"{path}: kind {data['kind']!r} is none of measured, analytic, extrapolated")
     _check_plain(path, data)
@@ -130,13 +152,16 @@ def load_profile(path: str | Path) -> Profile:
     }
     operators = _table(f"{path}: lora", data["lora"])
     data["lora"] = {operator: _operator(f"{path}: lora[{operator}]", table) for operator, table in operators.items()}
+    _parse_engine(path, data)
     return Profile(name=path.stem, sha256=hashlib.sha256(raw).hexdigest(), **data)
 
 
 def _check_plain(path: Path, data: dict) -> None:
     """Raise ProfileError unless the entries that are no tables have the type that `Profile` says, and a possible value."""
     for key, kind in Profile.__annotations__.items():
-        value = data.get(key)
+        if key not in data:
+            continue
+        value = data[key]
         if kind in ("int", "float"):
             right = isinstance(value, (int, float) if kind == "float" else int) and not isinstance(value, bool)
             if not right or not 0 <= value < 1e18:
@@ -145,6 +170,34 @@ def _check_plain(path: Path, data: dict) -> None:
                 raise ProfileError(f"{path}: {key} must be above 0")
         elif kind == "dict" and not isinstance(value, dict):
             raise ProfileError(f"{path}: {key} {value!r} is not an object")
+
+
+def _parse_engine(path: Path, data: dict) -> None:
+    """What only an engine's profile has, where the file holds it."""
+    if data.get("prefill_linear"):
+        data["prefill_linear"] = _points(f"{path}: prefill_linear", data["prefill_linear"])
+    if data.get("mixed_attention"):
+        where, table = f"{path}: mixed_attention", data["mixed_attention"]
+        data["mixed_attention"] = {x: _points(f"{where}[{x}]", points) for x, points in _grid(where, table)}
+    if data.get("steps_ahead", 0) not in (0, 1):
+        raise ProfileError(f"{path}: steps_ahead {data['steps_ahead']} is neither 0 nor 1")
+    for key in ("lease_us", "decide_us"):
+        for name, value in _table(f"{path}: {key}", data.get(key, {})).items():
+            if key == "lease_us" and name not in LEASE_PARTS:
+                raise ProfileError(f"{path}: lease_us[{name}] is unknown; it may hold {', '.join(LEASE_PARTS)}")
+            _finite(f"{path}: {key}[{name}]", value)
+    scatter = _table(f"{path}: scatter", data.get("scatter", {}))
+    for name, pair in scatter.items():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ProfileError(f"{path}: scatter[{name}] {pair!r} is not a pair of percentiles")
+        for value in pair:
+            _finite(f"{path}: scatter[{name}]", value)
+    data["scatter"] = {name: tuple(pair) for name, pair in scatter.items()}
+
+
+def _finite(where: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+        raise ProfileError(f"{where}: {value!r} is not a finite, non-negative number")
 
 
 def _table(where: str, value) -> dict:
@@ -169,7 +222,7 @@ def _operator(where: str, value) -> dict:
     if not {"decode", "prefill"} <= set(table):
         raise ProfileError(f"{where}: needs the tables decode and prefill, has {', '.join(sorted(table))}")
     parsed: dict = {"pads": bool(table.get("pads", False))}
-    for phase in ("decode", "prefill"):
+    for phase in [phase for phase in LORA_PHASES if phase in table]:
         parsed[phase] = {
             rank: {
                 adapters: _points(f"{where}.{phase}[{rank}][{adapters}]", points)

@@ -59,7 +59,7 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
         trace = trace.with_(adapter=np.full(len(trace), NO_ADAPTER, np.int32))
     env = simpy.Environment()
     operator = config.operator or policy.operator
-    cost = Cost(profile, operator, policy.switch, trace.adapters)
+    cost = Cost(profile, operator, policy.switch, trace.adapters, policy.name)
     page_bytes = config.page_tokens * profile.kv_bytes_per_token
     pages = int(profile.pool_bytes(golden=policy.merges) * config.memory_share) // page_bytes
     if pages < 1:

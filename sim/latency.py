@@ -2,7 +2,8 @@
 
 Within a run only the decodes' context grows, by one token a request and step, so the time of a step is linear in its index
 between two points of the attention table and the sum is an arithmetic series, in integer picoseconds: jumping k steps gives
-exactly what k single steps give. It knows nothing of queues and policies.
+exactly what k single steps give. A step takes the GPU's time or, if that is longer, the host's. It knows nothing of queues
+and policies.
 """
 
 from __future__ import annotations
@@ -15,52 +16,83 @@ from typing import NamedTuple
 from policies.cost import Cost
 from policies.plan import Work
 
+FOREVER_PS = 1 << 62
+
 
 class Run(NamedTuple):
     """A modelled run of steps, in picoseconds. parts: (linear, attention, vision, lora, host, switch); they sum to total_ps.
 
-    pieces: (duration of its first step, growth per step, steps) for the steps behind the first.
+    first_ps: until the first step's end, the boundary included. last_ps: duration of the last step. pieces: (duration of
+    its first step, growth per step, steps) for the steps behind the first.
     """
 
     steps: int
     first_ps: int
+    last_ps: int
     total_ps: int
     parts: tuple[int, int, int, int, int, int]
     pieces: Sequence[tuple[int, int, int]]
 
 
-def run(cost: Cost, work: Work, max_steps: int, until_ps: int) -> Run:
-    """Run `work` until the first step boundary at or after `until_ps` from now, at least one and at most max_steps steps."""
-    linear, attention, vision, lora, host, switch = cost.fixed(work)
+def run(cost: Cost, work: Work, max_steps: int, until_ps: int, *, boundary_ps: int = 0, slow_ps: int = 0,
+        ahead: int = 0) -> Run:
+    """Run `work` until the first step boundary at or after `until_ps` from now, at least one and at most max_steps steps.
+
+    boundary_ps: the host's time before the first step. slow_ps: added to every step, because something else uses the
+    memory. ahead: steps that follow that boundary, because they were under way when it was reached.
+    """
+    linear, attention, vision, lora, floor, switch = cost.fixed(work)
+    linear += slow_ps
     decodes = work.decodes
-    if not decodes:
-        total = linear + attention + vision + lora + host + switch
-        return Run(1, total, total, (linear, attention, vision, lora, host, switch), ())
+    if work.prefills or not decodes:
+        if decodes:
+            attention += cost.attention_at(decodes, work.context_tokens, mixed=True)
+        gpu = linear + attention + vision + lora + switch
+        step = max(gpu, floor)
+        total = boundary_ps + step
+        return Run(1, total, step, total, (linear, attention, vision, lora, total - gpu, switch), ())
     starts, values, slopes = cost.segments(decodes)
     context = work.context_tokens
     at = bisect_right(starts, context) - 1
     decode_attention = values[at] + slopes[at] * (context - starts[at])
-    steady = linear + lora + host  # what every step of the run repeats, beside its attention
-    first = steady + attention + decode_attention + vision + switch
-    if max_steps == 1 or first >= until_ps:
-        return Run(1, first, first, (linear, attention + decode_attention, vision, lora, host, switch), ())
-    steps, total, pieces, last = 1, first, [], len(starts) - 1
+    steady = linear + lora  # what every step of the run repeats, beside its attention
+    gpu = steady + decode_attention + switch
+    last = max(gpu, floor)
+    first = boundary_ps + last
+    if max_steps == 1 or (first >= until_ps and not ahead):
+        return Run(1, first, last, first, (linear, decode_attention, 0, lora, first - gpu, switch), ())
+    steps, total, pieces, end = 1, first, [], len(starts) - 1
+    host = first - gpu  # what is neither of the GPU's
     context += decodes
-    while steps < max_steps and total < until_ps:
-        while at < last and starts[at + 1] <= context:
+    while steps < max_steps:
+        most, wanted = max_steps - steps, until_ps - total
+        if wanted <= 0:
+            if not ahead:
+                break
+            most, wanted = min(most, ahead), FOREVER_PS
+        while at < end and starts[at + 1] <= context:
             at += 1
-        step = steady + values[at] + slopes[at] * (context - starts[at])
-        growth = slopes[at] * decodes
-        most = max_steps - steps
-        if at < last:
+        step = gpu = steady + values[at] + slopes[at] * (context - starts[at])
+        growth = gpu_growth = slopes[at] * decodes
+        if at < end:
             most = min(most, -(-(starts[at + 1] - context) // decodes))
-        count = _steps_until(step, growth, until_ps - total, most)
+        if step < floor:  # the host sets the pace, until the context has grown
+            most = min(most, -(-(floor - step) // growth)) if growth > 0 else most
+            step, growth = floor, 0
+        elif growth < 0:
+            most = min(most, (step - floor) // -growth + 1)
+        count = _steps_until(step, growth, wanted, most)
+        if wanted == FOREVER_PS:
+            ahead -= count
+        triangle = count * (count - 1) // 2
         pieces.append((step, growth, count))
-        total += count * step + growth * (count * (count - 1) // 2)
+        total += count * step + growth * triangle
+        host += count * (step - gpu) + (growth - gpu_growth) * triangle
+        last = step + growth * (count - 1)
         steps += count
         context += decodes * count
-    parts = (steps * linear, total - vision - switch - steps * steady, vision, steps * lora, steps * host, switch)
-    return Run(steps, first, total, parts, pieces)
+    parts = (steps * linear, total - host - switch - steps * steady, 0, steps * lora, host, switch)
+    return Run(steps, first, last, total, parts, pieces)
 
 
 def _steps_until(step: int, growth: int, wanted: int, most: int) -> int:

@@ -3,11 +3,16 @@
 A SimPy process; time is integer picoseconds. Adapter copies run beside the steps, one after another on one link. A lease is
 jumped over in one go, up to the first step boundary at or after the next arrival anywhere, the next finished copy, or the
 time the policy named; `leap=False` takes and decides every step singly, which must give the same result.
+
+What the host does at the boundary of a lease is charged once a lease, in either way: a lease ends when its steps are used
+up, something happened here (an arrival, a finished copy), or the policy's time came. With an engine's profile one more step
+is under way by then; it still belongs to the lease.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import simpy
 from simpy.events import URGENT, Event, Timeout
@@ -18,11 +23,10 @@ from policies.invariants import InvariantError, check, check_idle, snapshot
 from policies.journal import Journal
 from policies.ledger import Ledger
 from policies.plan import Plan, Work
-from sim.latency import Run, run
+from sim.latency import FOREVER_PS, Run, run
 from traces.request import Request
 
 PS_PER_NS = 1000
-FOREVER_PS = 1 << 62
 MOST_TURNS = 20_000  # decisions in a row at one instant that compute nothing; far more than requests run together
 
 
@@ -32,6 +36,19 @@ def at(env: simpy.Environment, time_ps: int, action: Callable[[Event], None]) ->
     event._ok, event._value = True, None
     event.callbacks.append(action)
     env.schedule(event, URGENT, time_ps - env.now)
+
+
+@dataclass(slots=True)
+class Lease:
+    """The plan that stands. left: steps of it that may still be taken. until_ps: when it ends if nothing happens before.
+    slow_ps: what its steps take longer because of a copy under way. last_ps: when the last step taken began; -1 for the
+    first, before which nothing is noticed."""
+
+    plan: Plan
+    left: int
+    until_ps: int
+    slow_ps: int
+    last_ps: int
 
 
 class Server:
@@ -53,15 +70,21 @@ class Server:
         self._link_free_ps = 0
         self._next_load_ps = FOREVER_PS
         self._loads: list[int] = []  # times at which copies end, ascending
+        self._started = 0  # copies since the last lease began
+        self._lease: Lease | None = None
+        self._busy_ps = -1  # until when steps were computed
+        self._stirred_ps = FOREVER_PS  # when something first happened here since the lease began
         self.process = env.process(self._serve())
 
     # -- what reaches it from outside -----------------------------------------------------------------------------------
     def arrive(self, request: Request) -> None:
         """A request is routed here, now."""
+        self._stirred_ps = min(self._stirred_ps, self.env.now)
         if self.ledger.enqueue(request):
             self._wake()
 
     def _loaded(self, adapter: int) -> None:
+        self._stirred_ps = min(self._stirred_ps, self.env.now)
         self.ledger.loaded(adapter)
         self._loads.pop(0)
         self._next_load_ps = self._loads[0] if self._loads else FOREVER_PS
@@ -74,14 +97,23 @@ class Server:
 
     # -- the loop -------------------------------------------------------------------------------------------------------
     def _serve(self):
-        env, ledger, policy, cost = self.env, self.ledger, self.policy, self.cost
+        env, ledger, policy, ahead = self.env, self.ledger, self.policy, self.cost.profile.steps_ahead
         yield Timeout(env, 0)  # what arrives at time 0 comes first, as at any other time
         while True:
             while not ledger.has_work():  # a copy that arrives late wakes it, too
                 yield self._sleep(None)
             start_ps = env.now
             now_ns = start_ps // PS_PER_NS
-            plan = self._decide_watched(now_ns) if self.check_invariants else policy.decide(ledger.view(now_ns))
+            lease, trailing = self._lease, False
+            if lease is not None:
+                event_ps = min(self._stirred_ps, lease.until_ps)
+                trailing = lease.left > 0 and ahead > 0 and lease.last_ps < event_ps <= start_ps
+                if not lease.left or (event_ps <= start_ps and not trailing):
+                    lease = self._lease = None
+            if trailing:
+                plan = lease.plan  # the step was under way when it happened
+            else:
+                plan = self._decide_watched(now_ns) if self.check_invariants else policy.decide(ledger.view(now_ns))
             work = ledger.begin(plan, now_ns)
             if plan.loads:
                 self._start_loads(plan.loads)
@@ -92,14 +124,33 @@ class Server:
                     self._refuse_deadlock(plan)
                     yield self._sleep(plan.until_ns)
                 continue
-            most, wake_ps = 1, 0
-            if self.leap and not plan.prefills:
-                most = ledger.lease_steps()
-                until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-                wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps)
-            jump = run(cost, work, most, wake_ps - start_ps)
+            jump = self._run(plan, work, lease, trailing)
             yield Timeout(env, jump.total_ps)
             self._commit(plan, work, jump, start_ps)
+
+    def _run(self, plan: Plan, work: Work, lease: Lease | None, trailing: bool) -> Run:
+        """Model what comes next: of a new lease where there is none, else of that one."""
+        start_ps, boundary_ps, begun = self.env.now, 0, False
+        cost = self.cost
+        if lease is None:
+            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+            boundary_ps = cost.lease_ps(
+                work.decodes, len(work.prefills), work.images, self._started, idle=self._busy_ps != start_ps
+            )
+            slow_ps = cost.beside_load_ps(cost.step_ps(work)) if self._loads and cost.profile.load_slowdown else 0
+            lease = self._lease = Lease(plan, 1 if plan.prefills else self.ledger.lease_steps(), until_ps, slow_ps, -1)
+            begun = True
+            self._stirred_ps, self._started = FOREVER_PS, 0
+        elif not trailing:
+            lease.left = min(lease.left, self.ledger.lease_steps())
+        most, wake_ps, ahead = 1, 0, 0
+        if self.leap and not trailing:
+            most, ahead = lease.left, cost.profile.steps_ahead
+            wake_ps = min(lease.until_ps, self._next_arrival_ps(), self._next_load_ps)
+        jump = run(cost, work, most, wake_ps - start_ps, boundary_ps=boundary_ps, slow_ps=lease.slow_ps, ahead=ahead)
+        lease.left -= jump.steps
+        lease.last_ps = -1 if begun and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps
+        return jump
 
     def _decide_watched(self, now_ns: int) -> Plan:
         """A decision that is proved to change nothing, and to leave nothing idle that could run."""
@@ -114,7 +165,7 @@ class Server:
 
     def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
         journal = self.journal
-        self.last_ps = end_ps = start_ps + jump.total_ps
+        self.last_ps = self._busy_ps = end_ps = start_ps + jump.total_ps
         self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ps // PS_PER_NS)
         decodes = work.decodes
         begin_ps = start_ps + jump.first_ps
@@ -129,6 +180,7 @@ class Server:
             check(self.ledger, journal.ended)
 
     def _start_loads(self, adapters: tuple[int, ...]) -> None:
+        self._started += len(adapters)
         for adapter in adapters:
             begin_ps = max(self._link_free_ps, self.env.now)
             self._link_free_ps = begin_ps + self.cost.load_ns(adapter) * PS_PER_NS

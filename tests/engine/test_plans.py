@@ -36,7 +36,7 @@ def engine_without_model(trace, policy, profile, pages, prefix_cache=True):
     from policies.view import Limits
 
     trace = stripped(trace, policy)
-    cost = Cost(profile, policy.operator, policy.switch, trace.adapters)
+    cost = Cost(profile, policy.operator, policy.switch, trace.adapters, policy.name)
     page_bytes = 16 * profile.kv_bytes_per_token
     adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
     pool = Pool(pages, 16, trace.adapters, adapter_pages, prefix_cache=prefix_cache)
@@ -52,9 +52,15 @@ def simulated(trace, policy, profile, prefix_cache=True):
     return simulate(trace, policy, profile, SimConfig(limits=Limits(*LIMITS), prefix_cache=prefix_cache))
 
 
+ENGINE = {"steps_ahead": 1, "lease_us": {"base": 130.0, "request": 7.0, "chunk": 20.0, "image": 9.0, "load": 31.0,
+          "wake": 60.0}, "decide_us": {"valora": 41.0}, "load_slowdown": 0.02}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_plans_and_records_are_byte_identical(trace, profile, name, seed):
+@pytest.mark.parametrize("engine", [{}, ENGINE], ids=["bare", "with its host"])
+def test_plans_and_records_are_byte_identical(trace, profile, name, seed, engine):
+    profile = dataclasses.replace(profile, **engine)
     from engine.replay import record
     from policies import make_policy
 

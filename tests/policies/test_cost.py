@@ -79,6 +79,9 @@ def test_a_step_is_the_sum_of_its_parts(cost):
     assert lora == cost.lora_ps(4, 2, 12, "prefill")
     assert host == 1_700_000 + 5 * 230_000
     assert switch == 15_000_000
+    gpu = linear + attention + vision + lora + switch + cost.attention_at(3, 30)
+    assert cost.step_ps(work) == gpu  # the host's part is hidden behind it
+    assert cost.step_ps(work, 1) == linear + lora + cost.attention_at(3, 33)
 
 
 def test_predictions(cost):

@@ -62,6 +62,13 @@ SPOILT = {
     "text for a number": (lambda d: d.update(max_context="4096"), "max_context"),
     "truth for a number": (lambda d: d.update(max_context=True), "max_context"),
     "no bandwidth": (lambda d: d.update(load_gb_per_s=0), "load_gb_per_s"),
+    "an unknown part of a lease": (lambda d: d.update(lease_us={"bas": 1.0}), r"lease_us\[bas\] is unknown"),
+    "a negative part of a lease": (lambda d: d.update(lease_us={"base": -1.0}), r"lease_us\[base\]: -1.0"),
+    "a decision that is no time": (lambda d: d.update(decide_us={"valora": "1"}), r"decide_us\[valora\]"),
+    "two steps ahead": (lambda d: d.update(steps_ahead=2), "steps_ahead 2"),
+    "half a scatter": (lambda d: d.update(scatter={"linear": [1.0]}), r"scatter\[linear\]"),
+    "no mixed attention": (lambda d: d.update(mixed_attention={"x": [[0, 1]]}), "mixed_attention"),
+    "a prefill that is none": (lambda d: d.update(prefill_linear=[[1, -1]]), "prefill_linear"),
     "no bytes a token": (lambda d: d.update(kv_bytes_per_token=0), "kv_bytes_per_token"),
 }
 

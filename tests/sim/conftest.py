@@ -17,6 +17,15 @@ from traces.request import Adapter, Trace
 
 US = 1000  # ns
 
+ENGINES = ({}, {
+    "steps_ahead": 1, "load_slowdown": 0.03, "decide_us": {"valora": 4.1},
+    "lease_us": {"base": 13.0, "request": 0.7, "chunk": 2.3, "image": 1.1, "load": 3.0, "wake": 6.0},
+}, {
+    "steps_ahead": 1, "host_step_us": 26.0, "prefill_linear": [(1.0, 25.0), (16.0, 25.0), (17.0, 33.0), (64.0, 60.0)],
+    "mixed_attention": {1: [(0.0, 2.0), (50.0, 20.0)]},
+})  # fmt: skip
+"""What a profile says of an engine: nothing; leases that cost the host; a host that sets the pace of small steps."""
+
 
 def _trace(rows: list[dict], ranks: tuple[int, ...] = (8, 8, 16)) -> Trace:
     """A trace from one dict a request: at_us, prompt, output, and what else a Request has. Sorted by arrival."""
@@ -68,7 +77,7 @@ def _worlds(draw, make_profile, most_requests: int = 14):
     trace = _trace(draw(_rows(len(ranks), most_requests)), ranks)
     max_batch = draw(st.sampled_from((2, 3, 5, 8, 16)))
     limits = Limits(max_batch, max_batch + draw(st.sampled_from((1, 7, 30, 200))), draw(st.sampled_from((4096, 60))))
-    profile = make_profile(draw(st.sampled_from((18, 26, 40, 90, 1000))))
+    profile = make_profile(draw(st.sampled_from((18, 26, 40, 90, 1000))), **draw(st.sampled_from(ENGINES)))
     gpus = draw(st.sampled_from((1, 1, 1, 2)))
     router = draw(st.sampled_from(("least-outstanding", "round-robin", "affinity", "consolidate")))
     config = SimConfig(
