@@ -172,7 +172,7 @@ class Driver:
         until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
         until_ps = min(until_ps, self._next_arrival_ps())
         ends: list[int] = []
-        launched, enqueued_ps, halt = 0, start_ps, False
+        launched, enqueued_ps, halt, loading = 0, start_ps, False, clock.loading()
         while True:
             while launched < most and launched - len(ends) < clock.depth and not halt:
                 halt = not self._launched(launched)
@@ -191,6 +191,7 @@ class Driver:
         for begin_ps, end_ps in pairwise(ends):
             self.journal.gap_run(begin_ps, end_ps - begin_ps, 0, 1, work.decodes)
         self._write_step(plan, work, launched, start_ps, enqueued_ps)
+        self.journal.detail(work, start_ps, ends[0] - start_ps, len(plan.loads), loading)
         if self._progress is not None:
             self._progress(self.journal.ended, launched * work.decodes + work.outputs - work.decodes)
 

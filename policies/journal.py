@@ -11,11 +11,13 @@ from struct import Struct
 
 import numpy as np
 
-from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+from policies.plan import Work
+from traces.record import DETAIL_COLUMNS, MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 CHUNK = 8 << 20
 """Bytes after which rows are condensed."""
 _REQUEST, _STEP, _RUN = (Struct(f"{columns}q") for columns in (len(REQUEST_COLUMNS), len(STEP_COLUMNS), 5))
+_DETAIL = {name: Struct(f"{len(columns)}q") for name, columns in DETAIL_COLUMNS.items()}
 PS_PER_NS = 1000
 PS_PER_US = 1_000_000
 
@@ -43,6 +45,7 @@ class Journal:
         self._steps = bytearray()
         self._step_chunks: list[np.ndarray] = []
         self._runs = bytearray()
+        self._details = {name: bytearray() for name in DETAIL_COLUMNS}
         self._gaps: Counter[int] = Counter()  # gap in us -> how many
 
     def request(self, row: tuple) -> None:
@@ -55,6 +58,19 @@ class Journal:
         self._steps += _STEP.pack(*row)
         if len(self._steps) >= CHUNK:
             self._flush_steps()
+
+    def detail(self, work: Work, start_ps: int, first_ps: int, loads: int, loading: bool) -> None:
+        """What else the step just written had to do, for those who hold a latency model against it. first_ps: until its
+        first step's end. loads: copies of adapters begun with it; loading: one was under way."""
+        if not self.keep_steps:
+            return
+        place = (self.server, start_ps // PS_PER_NS)
+        self._details["leases"] += _DETAIL["leases"].pack(
+            *place, first_ps // PS_PER_NS, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.switch_rank,
+            work.outputs, loads, loading,
+        )  # fmt: skip
+        for tokens, context in work.prefills:
+            self._details["chunks"] += _DETAIL["chunks"].pack(*place, tokens, context)
 
     def gap(self, gap_ns: int, count: int = 1) -> None:
         """`count` requests waited `gap_ns` between two of their tokens."""
@@ -140,6 +156,11 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
     mode = {name: sum(j.mode_ns[i] for j in journals) for i, name in enumerate(MODES)}
     steps = [chunk for journal in journals for chunk in journal._step_chunks]
     keep = any(journal.keep_steps for journal in journals)
+    details = {}
+    if any(journal._details["leases"] for journal in journals):
+        for name, columns in DETAIL_COLUMNS.items():
+            rows = [_rows(journal._details[name], len(columns)) for journal in journals]
+            details[name] = _columns(rows, columns, ("start_ns", "server"))
     return RunResult(
         policy=policy,
         operator=operator,
@@ -149,4 +170,5 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
         counters=dict(sorted(total.items())) | counters,
         time_ns={"mode": mode, "where": where},
         config=config,
+        details=details,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -78,6 +78,19 @@ steps: forward passes in the lease | merged: index of the adapter in the weights
 the batch in that phase | adapters: distinct in the batch | the last six, where the time went, sum to duration_ns.
 """
 
+DETAIL_COLUMNS = {
+    "leases": ("server", "start_ns", "first_ns", "lora_tokens", "lora_adapters", "rank", "lora_ranks", "switch_rank",
+               "outputs", "loads", "loading"),
+    "chunks": ("server", "start_ns", "tokens", "context"),
+}  # fmt: skip
+"""What an engine adds to its steps, so that a latency model can be held against each: one row per lease, and one per chunk
+of a prompt, named by the lease's server and start; int64.
+
+first_ns: until the end of the lease's first step | rows, adapters, largest rank and sum of ranks of its LoRA branches |
+switch_rank: of the adapter folded in or out, 0 for none | outputs: rows of the LM head | loads: copies of adapters begun
+with it | loading: 1 while a copy was under way.
+"""
+
 STATISTICS = ("mean", "median", "std", "p90", "p99")
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "ntpot", "queue")
 SLO_NAMES = ("ttft", "tpot", "e2el")
@@ -106,6 +119,7 @@ class RunResult:
     they were not recorded. itl: inter-token gaps as (value in microseconds, how many times), sorted by value. counters:
     plain numbers by name (switches, adapter_loads, gpus, end_ns ...). time_ns: {"mode": {mode: ns}, "where": {place or
     "idle": ns}}. config: the resolved configuration, JSON-able; its `notes` are sentences for the reader of the result.
+    details: by the names of DETAIL_COLUMNS, those tables, where an engine wrote them.
     """
 
     policy: str
@@ -116,6 +130,7 @@ class RunResult:
     counters: dict
     time_ns: dict
     config: dict
+    details: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError, naming column and row, unless the columns agree with each other and with the clock."""
@@ -138,6 +153,8 @@ class RunResult:
             parts = sum(self.steps[f"{place}_ns"] for place in PLACES)
             rules["the breakdown of a step sums to duration_ns"] = parts == self.steps["duration_ns"]
             rules[f"mode is an index into {MODES}"] = (self.steps["mode"] >= 0) & (self.steps["mode"] < len(MODES))
+        for name, table in self.details.items():
+            _check_columns(self.policy, name, table, DETAIL_COLUMNS[name], len(table.get("server", ())))
         values, counts = self.itl
         if values.shape != counts.shape or values.ndim != 1:
             raise ValueError(f"{self.policy}: itl shapes {values.shape} and {counts.shape} are not two equal 1-d ones")

@@ -2,6 +2,7 @@
 
     DIR/summary.json             every policy: resolved configuration, hashes of trace and profile, summary, counters
     DIR/<policy>/requests.parquet, steps.parquet (where steps were recorded), itl.parquet, trace.json (for Perfetto)
+    DIR/<policy>/leases.parquet, chunks.parquet   what an engine adds to its steps
 
 Everything is written beside DIR and put in its place by one rename, so that a failure leaves the former results as they
 were. It computes no metric (`record`) and knows nothing of what is shown (`result_tables`, analysis).
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from traces.chrome_trace import write_chrome_trace
-from traces.record import REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+from traces.record import DETAIL_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 FORMAT = "lora-serving-results"
 VERSION = 1
@@ -29,7 +30,7 @@ FIGURES = "figures"
 """Folder inside a results directory that analysis draws into; it goes when the results are overwritten."""
 
 ITL_COLUMNS = ("gap_us", "count")
-_FILES = ("requests.parquet", "steps.parquet", "itl.parquet", "trace.json")
+_FILES = ("requests.parquet", "steps.parquet", "itl.parquet", "trace.json", *(f"{name}.parquet" for name in DETAIL_COLUMNS))
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -109,6 +110,8 @@ def _write_policy(folder: Path, result: RunResult, summary: Mapping, adapters: S
     _write_parquet(folder / "itl.parquet", dict(zip(ITL_COLUMNS, result.itl, strict=True)))
     if result.steps is not None:
         _write_parquet(folder / "steps.parquet", {name: result.steps[name] for name in STEP_COLUMNS})
+    for name, table in result.details.items():
+        _write_parquet(folder / f"{name}.parquet", {column: table[column] for column in DETAIL_COLUMNS[name]})
     with (folder / "trace.json").open("w", encoding="utf-8") as file:
         note = write_chrome_trace(result, tuple(adapters), file)
     return {
@@ -215,6 +218,11 @@ def read_results(directory: str | Path) -> list[RunResult]:
             counters=entry["counters"],
             time_ns=entry["time_ns"],
             config=entry["config"],
+            details={
+                name: _read_parquet(folder / f"{name}.parquet", columns)
+                for name, columns in DETAIL_COLUMNS.items()
+                if (folder / f"{name}.parquet").exists()
+            },
         )
         try:
             result.check()
