@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--most-tokens", type=int, default=1 << 30, metavar="T", help="of those, only up to T tokens")
     bench = commands.add_parser("bench", help="measure the grid with the rivals, write it and say what it shows")
     bench.add_argument("--out", type=Path, required=True, help="results file to write; a drawing goes beside it")
-    bench.add_argument("--budget", type=float, default=540.0, metavar="S", help="after S seconds only our own operator")
+    bench.add_argument("--budget", type=float, default=540.0, metavar="S", help="after S seconds no further rival")
+    bench.add_argument("--keep", type=Path, metavar="FILE", help="results whose rivals' rows stand; measure the others")
     say = commands.add_parser("verdict", help="say what a results file shows")
     say.add_argument("file", type=Path, nargs="?", default=results.FOLDER / "operators_h200.csv")
     args = parser.parse_args(argv)
@@ -53,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
         from kernels.bench import bench
         from kernels.plot import draw
 
-        bench(args.out, budget_s=args.budget)
+        bench(args.out, budget_s=args.budget, keep=args.keep)
         draw(args.out, args.out.with_suffix(".png"))
         print(verdict.report(args.out))
         return 0

@@ -7,7 +7,7 @@ It resolves a shape to launches once and then only launches; it knows no model, 
 
 from __future__ import annotations
 
-from kernels.target import INTERPRETED, has_dependent_launch  # isort: skip  (before triton)
+from kernels.target import INTERPRETED, has_dependent_launch, processors  # isort: skip  (before triton)
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,14 +17,16 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from kernels import branch
+from kernels import branch, stream
 from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 from kernels.launch import Launch, argument
-from kernels.tiles import Shape, Tiling, default, lookup, steadier
+from kernels.tiles import LONG, Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
-LONG = 512
-"""Tokens from which a step's row tiles are counted before a tiling is chosen."""
+TYPES = dict.fromkeys(("route", "perm", "counts"), torch.int32)
+TYPES |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
+TYPES |= dict.fromkeys(("split", "least", "former", "span"), 3)
+"""Run-time arguments of the kernels; all others are in the pool's dtype. 16, 3: whole numbers, multiples of 16 or any."""
 
 
 def atmm(
@@ -37,9 +39,7 @@ def atmm(
     stride, dtype or device.
     """
     layer, name = key
-    shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.rank, batch.merged >= 0)
-    if batch.tokens >= LONG:  # how the rows fall to tiles may change the choice
-        shape_key += (batch.tiles(64), batch.tiles(128))
+    shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.uneven, batch.rank, batch.merged >= 0)
     shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
     plan = batch.plans.get(shape_key)
     if plan is None or not 0 <= layer < pool.layers:
@@ -72,62 +72,56 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
         return lambda y, x, layer: None
     projection, mixture = pool.projections[name], batch.merged >= 0
     rank = max(16, triton.next_power_of_2(batch.rank))
-    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected)
+    uneven = batch.uneven and batch.tokens >= LONG
+    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
     strides = (x.stride(0), y.stride(0))
     make = partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides, groups=batch.adapters)
     if tiling:
-        tiling = fitting(tiling, mixture=mixture)
-        runs = [launch.bind(pool.device) for launch in make(tiling)]
+        tiling = fitting(tiling, shape.d_in, mixture=mixture)
+        launches = make(tiling)
+        runs = [launch.bind(pool.device) for launch in launches]
     else:
-        tiling, runs = _choose(make, shape, batch)
+        tiling, launches, runs = _choose(make, shape, batch)
+    known = _places(tiling, shape, batch, mixture=mixture)
     a, b = _layers(pool.a[name]), _layers(pool.b[name])
-    route, perm = argument(batch.routes[tiling.rows]), argument(batch.perm)
-    if tiling.form == "one":
-        return lambda y, x, layer: runs[0](argument(y), argument(x), a[layer], b[layer], route, perm, pool.rows)
-    positions, expand_route = -(-batch.tokens // 16) * 16, argument(batch.routes[tiling.expand_rows])
-    planes = tiling.split * projection.slices * (1 + mixture)
-    v = argument(batch.workspace(planes * positions * rank))
-    if tiling.form == "barrier":
-        rest = (v, route, perm, argument(batch.counters[tiling.split]), positions, pool.rows)
-        return lambda y, x, layer: runs[0](argument(y), argument(x), a[layer], b[layer], *rest)
-    run_shrink, run_expand, rows = *runs, pool.rows
+    calls = []
+    for launch, run in zip(launches, runs, strict=True):
+        rows = launch.constants["BM"]
+        known |= {"route": argument(batch.routes[rows]), "counts": argument(batch.counts[rows])}
+        given = [name for name in launch.types if name in ("y", "x", "a", "b")]  # a kernel's first arguments
+        calls.append((run, given, tuple(known[name] for name in [*launch.types][len(given) :])))
 
-    def run_two(y, x, layer):
-        run_shrink(argument(x), a[layer], v, route, perm, positions, rows)
-        run_expand(argument(y), b[layer], v, expand_route, perm, positions)
+    def run_all(y, x, layer):
+        here = {"y": argument(y), "x": argument(x), "a": a[layer], "b": b[layer]}
+        for run, given, rest in calls:
+            run(*[here[name] for name in given], *rest)
 
-    return run_two
+    return run_all
 
 
-def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, list[Callable]]:
-    """(tiling, its bound launches): the table's, unless it does not fit this step, then a near one that does.
+def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict:
+    """The arguments between the tensors of a call and the routes: scratch and counts."""
+    slices, positions = len(shape.widths), -(-shape.tokens // 16) * 16
+    known = {"perm": argument(batch.perm), "positions": positions, "pool_rows": batch.pool.rows, "split": t.split}
+    if t.form != "one":
+        planes = (t.split + (t.form == "stream")) * slices * (1 + mixture)
+        known["v"] = argument(batch.workspace(planes * positions * shape.rank))
+    if t.form == "stream":
+        steps = triton.cdiv(shape.d_in, t.k_block)
+        known |= {"least": triton.cdiv(steps, t.split), "former": processors() * t.residents, "span": t.span}
+    return known
 
-    What was tuned for a neighbour may be too large, or have more programs than can wait for one another. And where
-    uneven shares need more row tiles than the table's equal ones, a last few programs can cost a round of their own.
-    """
-    mixture, near = batch.merged >= 0, lookup(shape.rounded())
-    fits = []
-    for tiling in (near, steadier(near), lookup(shape.rounded(), meeting=False), default(shape)):
-        if fits and tiling != steadier(near):
-            break
-        chosen = fitting(tiling, mixture=mixture)
+
+def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, list[Launch], list[Callable]]:
+    """(tiling, its launches, the same bound): the table's, or the default where a neighbour's is too large to fit."""
+    for tiling in (lookup(shape.rounded()), default(shape)):
+        chosen = fitting(tiling, shape.d_in, mixture=batch.merged >= 0)
         launches = make(chosen)
         try:
-            fits.append((chosen, [launch.bind(batch.pool.device) for launch in launches]))
+            return chosen, launches, [launch.bind(batch.pool.device) for launch in launches]
         except OutOfResources:
             continue
-        if INTERPRETED or shape.tokens < LONG or not _another_round(launches[0], chosen.rows, shape, batch):
-            return fits[-1]
-    if not fits:
-        raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
-    return fits[-1]
-
-
-def _another_round(launch: Launch, rows: int, shape: Shape, batch: LoraBatch) -> bool:
-    """Whether this step's row tiles need more rounds of resident programs than equal shares would, up to four."""
-    even = shape.adapters * -(-shape.tokens // (shape.adapters * rows))
-    rounds = [-(-launch.grid[0] * tiles // launch.places) for tiles in (even, batch.tiles(rows))]
-    return rounds[0] < min(rounds[1], 4)
+    raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
 
 
 def _layers(tensor: torch.Tensor) -> list:
@@ -137,13 +131,14 @@ def _layers(tensor: torch.Tensor) -> list:
     return [tensor.data_ptr() + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]
 
 
-def fitting(tiling: Tiling, *, mixture: bool) -> Tiling:
-    """The tiling, or its two-launch neighbour: in mixture mode (two branches a row), and for programs that wait for one
-    another in the interpreter, which runs them one after another.
+def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
+    """The tiling with no more parts than d_in has blocks (it may have been tuned for a wider projection).
+
+    In mixture mode, where a row has two branches, its neighbour of two launches.
     """
-    if tiling.form == "two" or not (mixture or (INTERPRETED and tiling.form == "barrier")):
-        return tiling
-    split = tiling.split if tiling.form == "barrier" else 1
+    split = min(tiling.split, triton.cdiv(d_in, tiling.k_block))
+    if tiling.form == "two" or not mixture:
+        return replace(tiling, split=split)
     return replace(tiling, form="two", split=split, span=1, expand_rows=tiling.rows, expand_warps=tiling.warps)
 
 
@@ -155,31 +150,33 @@ def resolve(
     groups: of rows that the grid must have room for; default: the shape's adapters.
     """
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
-    slices, d_out = len(shape.widths), sum(shape.widths)
-    groups = groups or shape.adapters
+    slices, groups = len(shape.widths), groups or shape.adapters
     tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, groups) for rows in (t.rows, t.expand_rows))
-    types = dict.fromkeys(("x", "y", "a", "b"), dtype) | dict.fromkeys(("route", "perm", "counters"), torch.int32)
-    types |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
-    sizes = {"K": shape.d_in, "D": d_out, "W0": widths[0], "W1": widths[1], "W2": widths[2], "SLICES": slices}
-    sizes |= {"R": shape.rank, "PASSES": passes, "XS": strides[0], "YS": strides[1]}
+    sizes = {"K": shape.d_in, "D": sum(shape.widths), "W0": widths[0], "W1": widths[1], "W2": widths[2]}
+    sizes |= {"R": shape.rank, "PASSES": passes, "SLICES": slices, "XS": strides[0], "YS": strides[1]}
     sizes |= {"PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
-    tile = {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
+    sizes |= {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
 
-    def launch(kernel, programs: int, row_tiles: int, warps: int, **own) -> Launch:
-        known = sizes | tile | own
+    def launch(kernel, grid: tuple[int, int], warps: int, **own) -> Launch:
+        known = sizes | own
         constants = {name: known[name] for name in kernel.arg_names if name in known}
-        needed = {name: types[name] for name in kernel.arg_names if name not in known}
-        return Launch(kernel, (programs, row_tiles), constants, needed, warps, kernel is branch.barrier)
+        needed = {name: TYPES.get(name, dtype) for name in kernel.arg_names if name not in known}
+        return Launch(kernel, grid, constants, needed, warps)
 
     if t.form == "one":
-        return [launch(branch.fused, t.span, tiles, t.warps, PARTS=t.span, STAGES2=t.expand_stages)]
-    if t.form == "barrier":
-        k_part, n_part = (triton.next_power_of_2(-(-size // t.split)) for size in (shape.d_in, max(widths)))
-        return [launch(branch.barrier, t.split * slices, tiles, t.warps, PARTS=t.split, BK=k_part, BN=n_part)]
-    planes, rank_block = t.split * slices * passes, min(t.rank_block, shape.rank)
-    runs = sum(-(-width // (t.n_block * t.span)) for width in widths)
+        return [launch(branch.fused, (t.span, tiles), t.warps, PARTS=t.span, STAGES2=t.expand_stages)]
     expand = {"BM": t.expand_rows, "SPAN": t.span, "STAGES": t.expand_stages}
+    if t.form == "stream":
+        first, second = (processors() * each for each in (t.residents, t.expand_residents))
+        expand |= {"NK": -(-shape.d_in // t.k_block)}
+        return [
+            launch(stream.shrink_stream, (first, 1), t.warps),
+            launch(stream.expand_stream, (second, 1), t.expand_warps, **expand),
+        ]
+    planes, rank_block = t.split * slices * passes, min(t.rank_block, shape.rank)
+    once = t.k_block * t.split >= shape.d_in
+    runs = sum(-(-width // (t.n_block * t.span)) for width in widths)
     return [
-        launch(branch.shrink, planes * (shape.rank // rank_block), tiles, t.warps, BR=rank_block),
-        launch(branch.expand, runs, expand_tiles, t.expand_warps, **expand),
+        launch(branch.shrink, (planes * (shape.rank // rank_block), tiles), t.warps, BR=rank_block, ONCE=once),
+        launch(branch.expand, (runs, expand_tiles), t.expand_warps, **expand),
     ]

@@ -27,6 +27,10 @@ MAX_RANK = 256
 MAX_SLOTS = 1023
 TILE_ROWS = (16, 32, 64, 128)
 """Row-tile heights for which a batch keeps a route list."""
+STAGES = 4
+"""Pinned buffers of a batch, so that the host may be some steps ahead of the GPU."""
+UNEVEN = 1.5
+"""A step is uneven where one adapter has more than this many times the mean of the adapters' rows."""
 ROUTE_FIELDS = 8
 """int32 per tile: start in `perm`, rows (0: no tile), row offset, padded rank, bits of the scale; these three for m."""
 
@@ -186,10 +190,11 @@ class LoraBatch:
     Every tensor has a fixed size and place, so a CUDA graph captured over it replays with new contents after `update`:
     index int32 [max_tokens] (slot of each row, -1 none); perm int32 [max_tokens]: rows sorted by slot, stable, rows
     without a branch last; routes[BM] int32 [tiles, ROUTE_FIELDS] for BM in TILE_ROWS: row tiles packed without gaps;
-    state int32 [2]: tokens in use, merged slot.
+    counts[BM] int32 [1]: how many; state int32 [2]: tokens in use, merged slot.
     tokens, adapters (distinct groups of rows that get a branch) and rank (largest padded rank) choose the kernel form
     and its grid; `fix()` pins them to capacities for a graph. expected: adapters that the form is chosen for, no more
-    than `adapters`. host_index and segments serve operators that need lists.
+    than `adapters`; uneven: whether it is chosen for unequal shares, as always in a graph of several adapters.
+    host_index and segments serve operators that need lists.
     """
 
     def __init__(self, pool: LoraPool, max_tokens: int):
@@ -200,6 +205,10 @@ class LoraBatch:
         self._step = torch.full((2 + max_tokens,), -1, dtype=torch.int32, device=device)
         self._step[0] = 0
         self.state, self.index = self._step[:2], self._step[2:]
+        pinned = device.type == "cuda"
+        self._staged = torch.empty(STAGES, 2 + max_tokens, dtype=torch.int32, pin_memory=pinned)
+        self._arrived = [torch.cuda.Event() if pinned else None for _ in range(STAGES)]
+        self._turn = 0
         self.fence = torch.zeros(1, dtype=torch.int32, device=device)
         self.perm = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self.routes = {
@@ -207,13 +216,12 @@ class LoraBatch:
             for rows in TILE_ROWS
             if (bound := self.tile_bound(rows, max_tokens, pool.slots + 1))
         }
+        counts = torch.zeros(len(TILE_ROWS), dtype=torch.int32, device=device)
+        self.counts = dict(zip(TILE_ROWS, counts.split(1), strict=True))
         self.tokens, self.adapters, self.rank, self.merged = 0, 0, RANK_ALIGN, -1
         self.expected = 0
         self.host_index = np.empty(0, np.int32)
-        self._rows, self._tiles = np.empty(0, np.int64), {}  # rows of each group; tiles by their height, once asked for
-        # of programs that meet, by how many they are: a count is always a multiple of that between two launches
-        counters = torch.zeros(7, 3 * len(self.routes[TILE_ROWS[0]]), dtype=torch.int32, device=device)
-        self.counters = {2**power: row for power, row in enumerate(counters)}
+        self.uneven = False
         self._fixed: tuple[int, int, int] | None = None
         self.plans: dict[tuple, object] = {}  # an operator's resolved launches by shape
         self._workspaces: list[torch.Tensor] = []
@@ -230,14 +238,6 @@ class LoraBatch:
         groups = min(groups, tokens)
         return (tokens - groups) // tile_rows + groups
 
-    def tiles(self, tile_rows: int) -> int:
-        """Row tiles of this height that the step needs; the most that `expected` adapters may need where it is fixed."""
-        if self._fixed:
-            return self.tile_bound(tile_rows, self.tokens, self.expected)
-        if tile_rows not in self._tiles:
-            self._tiles[tile_rows] = int((-(-self._rows // tile_rows)).sum())
-        return self._tiles[tile_rows]
-
     def fix(self, tokens: int, adapters: int, rank: int, expected: int | None = None) -> None:
         """Pin the shape that operators see (for the capture of a CUDA graph); `update` then rejects what exceeds it.
 
@@ -251,6 +251,7 @@ class LoraBatch:
         self._fixed = (tokens, adapters, -(-rank // RANK_ALIGN) * RANK_ALIGN)
         self.tokens, self.adapters, self.rank = self._fixed
         self.expected = adapters if expected is None else expected
+        self.uneven = self.expected > 1
 
     def update(self, index: np.ndarray, merged: int = -1, *, route: bool = True) -> None:
         """Take a new step: index int [T] on the host, -1 or an occupied slot. One small copy, no synchronisation.
@@ -263,15 +264,24 @@ class LoraBatch:
         self.tokens, self.adapters, self.rank = self._fixed or shape
         if not self._fixed:
             self.expected = self.adapters
+            self.uneven = bool(counts.max(initial=0) * self.adapters > UNEVEN * counts.sum())
         self.merged, self.host_index = merged, index
-        self._rows, self._tiles = counts, {}
         self.__dict__.pop("segments", None)
-        staged = np.empty(2 + len(index), np.int32)
-        staged[:2], staged[2:] = (len(index), merged), index
-        # from pageable memory: staged by the driver at once, so `staged` may go, and the stream is not drained
-        self._step[: len(staged)].copy_(torch.from_numpy(staged), non_blocking=True)
+        self._send(index, merged)
         if route:
             self.route()
+
+    def _send(self, index: np.ndarray, merged: int) -> None:
+        """Copy a step to the device from the next of a few pinned buffers, once what was last sent from it is there."""
+        self._turn = (self._turn + 1) % len(self._staged)
+        staged, arrived = self._staged[self._turn, : 2 + len(index)], self._arrived[self._turn]
+        if arrived:
+            arrived.synchronize()
+        host = staged.numpy()
+        host[:2], host[2:] = (len(index), merged), index
+        self._step[: len(staged)].copy_(staged, non_blocking=True)
+        if arrived:
+            arrived.record()
 
     def _checked(self, index: np.ndarray, merged: int) -> tuple[tuple[int, int, int], np.ndarray]:
         """(tokens, adapters, rank) of a valid step, and the rows of each group with a branch; LoraError otherwise."""
@@ -280,7 +290,7 @@ class LoraBatch:
         if not -1 <= merged < self.pool.slots:
             raise LoraError(f"merged slot {merged} is outside -1..{self.pool.slots - 1}")
         try:
-            counts = np.bincount(index + 1, minlength=self.pool.slots + 1)
+            counts = _counts(index + 1, self.pool.slots + 1)
         except ValueError:  # one pass says whether any is negative
             counts = ()
         if len(counts) != self.pool.slots + 1:
@@ -317,3 +327,12 @@ class LoraBatch:
         slots, starts = np.unique(self.host_index[order], return_index=True)
         parts = np.split(order, starts[1:])
         return [(int(slot), rows) for slot, rows in zip(slots, parts, strict=True) if slot >= 0]
+
+
+def _counts(values: np.ndarray, bins: int) -> np.ndarray:
+    """np.bincount(values, minlength=bins), several times faster where equal values lie side by side, as in a prefill."""
+    edges = values[1:] != values[:-1]
+    if len(values) < 1024 or 8 * np.count_nonzero(edges) > len(values):
+        return np.bincount(values, minlength=bins)
+    starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
+    return np.bincount(values[starts], weights=np.diff(starts, append=len(values)), minlength=bins).astype(np.int64)

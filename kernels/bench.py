@@ -29,14 +29,17 @@ from kernels.baselines import OPERATORS, operator
 from kernels.batch import LoraBatch
 from kernels.precompile import compile_all, in_parallel
 from kernels.results import Row
-from kernels.tiles import Shape, Tiling, lookup
+from kernels.tiles import LONG, Shape, Tiling, lookup
 from kernels.timing import Point, World
+from kernels.tune import AS_THEY_OCCUR
 
 H = 4096
 QKV = (H, H, H)
 RANKS = (16, 32, 64, 128)
 PAPER_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-STATIC = 6
+FAR = 20
+"""Times the floor from which a call is not measured behind a linear too."""
+STATIC = 3
 """Tilings of the table, most often chosen first, that compete to be the one static tiling of a phase."""
 
 
@@ -58,7 +61,8 @@ def grid() -> list[Point]:
 
 
 def _shape(point: Point) -> Shape:
-    return Shape(point.d_in, point.widths, point.rank, point.tokens, point.adapters)
+    uneven = point.skew == "skew60" and point.adapters > 1 and point.tokens >= LONG
+    return Shape(point.d_in, point.widths, point.rank, point.tokens, point.adapters, uneven)
 
 
 def _launches(point: Point, tiling: Tiling) -> list:
@@ -73,20 +77,26 @@ def _static_points(points: Iterable[Point], phase: str) -> list[Point]:
 
 def _static_candidates(points: list[Point]) -> list[Tiling]:
     """The tilings that the table chooses most often at these points, of those that can run at all of them."""
-    return [tiling for tiling, _ in Counter(lookup(_shape(p), meeting=False) for p in points).most_common(STATIC)]
+    return [tiling for tiling, _ in Counter(lookup(_shape(p)) for p in points).most_common(STATIC)]
+
+
+def _as_row(point: Point) -> tuple:
+    """`Row.point` of its rows."""
+    at = (point.phase, point.d_in, sum(point.widths), len(point.widths), point.tokens, point.adapters, point.rank)
+    return (*at, point.skew)
 
 
 def rows_at(point: Point, ops: dict[str, Callable], **where) -> Iterator[Row]:
     """One row for each operator that can run the point; what cannot is said on stderr. where: World's dtype, device."""
     world = World(point, **where)
-    at = (point.phase, point.d_in, sum(point.widths), len(point.widths), point.tokens, point.adapters, point.rank)
     for name, op in ops.items():
         try:
             error, us = world.error(op), world.graph_us(op)
+            behind_us = world.behind_us(op) if point.tokens <= AS_THEY_OCCUR and us < FAR * point.floor_us else 0.0
         except (torch.OutOfMemoryError, OutOfResources) as reason:
             print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
             continue
-        yield Row(name, *at, point.skew, us, point.floor_us, error)
+        yield Row(name, *_as_row(point), us, point.floor_us, error, behind_us)
 
 
 def best_static(points: list[Point]) -> list[Row]:
@@ -104,26 +114,37 @@ def best_static(points: list[Point]) -> list[Row]:
     return [replace(row, operator="atmm-static") for row in by_tiling[best]]
 
 
-def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540.0) -> list[Row]:
-    """Measure the grid and write `out` as it grows. What budget_s does not allow is left out, as its header says."""
+def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540.0, keep: Path | None = None) -> list[Row]:
+    """Measure the grid and write `out` as it grows: our operator first, its static ablation, then the rivals.
+
+    keep: a results file whose rivals' rows stand as they are; only those that it lacks are measured. Rivals go by
+    prefill first; what budget_s does not allow is left out, as the header says.
+    """
     start, points, rivals = time.monotonic(), grid(), list(rivals)
     compile_all([launch for p in points for launch in _launches(p, lookup(_shape(p)))])
-    in_parallel(_warm, [(name, slices, rank) for name in rivals for slices in (1, 3) for rank in RANKS])
-    print(f"compiled in {time.monotonic() - start:.0f} s", file=sys.stderr)
-    ops: dict[str, Callable] = {"atmm": atmm} | {name: operator(name) for name in rivals}
-    rows: list[Row] = []
-    left_out = 0
+    rows = [row for point in points for row in rows_at(point, {"atmm": atmm})]
+    print(f"{time.monotonic() - start:4.0f} s: our operator at {len(points)} points", file=sys.stderr)
     for phase in ("decode", "prefill"):
         rows += best_static(_static_points(points, phase))
-    for done, point in enumerate(points):
+    header = provenance() | extras()
+    if keep:
+        rows += [row for row in results.read(keep) if row.operator in rivals]
+        header["rivals kept"] = f"from {keep.name} of {results.header(keep).get('date')}"
+    results.write(out, rows, header | {"cut short": "before the rivals"})
+    print(f"{time.monotonic() - start:4.0f} s: static tilings, host times", file=sys.stderr)
+    have = {(row.operator, row.point) for row in rows}
+    in_parallel(_warm, [(name, slices, rank) for name in rivals for slices in (1, 3) for rank in RANKS])
+    ops = {name: operator(name) for name in rivals}
+    left_out = 0
+    for done, point in enumerate(sorted(points, key=lambda p: p.phase == "decode")):
+        missing = {name: op for name, op in ops.items() if (name, _as_row(point)) not in have}
         late = time.monotonic() - start > budget_s
-        left_out += late
-        rows += rows_at(point, {"atmm": atmm} if late else ops)
+        left_out += late and bool(missing)
+        rows += [] if late or not missing else rows_at(point, missing)
         if done % 50 == 0:
-            results.write(out, rows, provenance() | {"cut short": f"after {done + 1} of {len(points)} points"})
-            print(f"{time.monotonic() - start:4.0f} s: {done + 1} of {len(points)} points", file=sys.stderr)
-    counts = {"points": len(points), "points without rivals, out of time": left_out}
-    results.write(out, rows, provenance() | counts | extras())
+            print(f"{time.monotonic() - start:4.0f} s: rivals at {done + 1} of {len(points)} points", file=sys.stderr)
+    counts = {"points": len(points), "points with rivals missing, out of time": left_out}
+    results.write(out, rows, header | counts)
     print(f"{len(rows)} rows in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return rows
 
@@ -156,20 +177,21 @@ def extras() -> dict[str, str]:
     for tokens, adapters, slices in ((1, 1, 1), (8, 8, 1), (32, 8, 1), (256, 8, 1), (32, 8, 3), (4096, 8, 1)):
         world = World(Point("decode", H, (H,) * slices, tokens, adapters, 64))
         for name, op in {"atmm": atmm, "slora": operator("slora"), "vllm": operator("vllm")}.items():
-            us, graph_us, host_us = world.after_ordinary_us(op), world.graph_us(op), world.host_us(op)
+            us, graph_us, host_us = world.behind_us(op), world.graph_us(op), world.host_us(op)
             lines[f"{name}, {tokens} tokens, {adapters} adapters, rank 64, {slices} slices"] = (
-                f"{graph_us:.2f} us back to back, {us:.2f} us behind another kernel, host {host_us:.1f} us a call"
+                f"{graph_us:.2f} us back to back, {us:.2f} us behind a linear, host {host_us:.1f} us a call"
             )
     for tokens in (32, 256, 4096, 16384):
-        host_us, device_us = metadata_us(world.pool, tokens)
-        lines[f"metadata of {tokens} tokens"] = f"host {host_us:.1f} us, device {device_us:.1f} us"
+        index = np.random.default_rng(0).integers(0, world.pool.slots, tokens)
+        for order, rows in (("at random", index), ("adapter by adapter", np.sort(index))):
+            host_us, device_us = metadata_us(world.pool, rows)
+            lines[f"metadata of {tokens} tokens {order}"] = f"host {host_us:.1f} us, device {device_us:.1f} us"
     return lines
 
 
-def metadata_us(pool, tokens: int, times: int = 20) -> tuple[float, float]:
-    """(host, device) microseconds to build one step's batch from random adapters."""
-    batch = LoraBatch(pool, tokens)
-    index = np.random.default_rng(0).integers(0, pool.slots, tokens)
+def metadata_us(pool, index: np.ndarray, times: int = 20) -> tuple[float, float]:
+    """(host, device) microseconds to build one step's batch from each row's adapter."""
+    batch = LoraBatch(pool, len(index))
     spans = []
     for _ in range(times):
         torch.cuda.synchronize()

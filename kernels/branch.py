@@ -1,4 +1,4 @@
-"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for long or few rows.
+"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for very many rows.
 
 One program of `shrink` and `expand` works on a row tile, rows of one adapter gathered through `perm`; a tile's entry in
 the route list says where its rows, its A and B rows and its scale are, so nothing depends on the host. The kernels know
@@ -32,6 +32,10 @@ if INTERPRETED:
     def _pin(value):
         return value
 
+    def _number(value):
+        """A scalar as the interpreter's range() takes it."""
+        return value.handle.data.item()
+
 else:
     from triton.language.extra.cuda import gdc_launch_dependents as _trigger
     from triton.language.extra.cuda import gdc_wait as _wait
@@ -44,6 +48,10 @@ else:
         its own turn through shared memory, barriers included (seen in SASS, Triton 3.6: 16 planes, 16 turns).
         """
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=False, pack=1)
+
+    @triton.jit
+    def _number(value):
+        return value
 
 
 @triton.jit
@@ -69,21 +77,21 @@ def _entry(route, tile, M: tl.constexpr):
 
 @triton.jit
 def shrink(
-    x, a, v, route, perm, positions, pool_rows,
+    x, a, v, route, perm, positions, pool_rows, split,
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
-    BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """v[split, pass x slice, position, R] = scale * x[perm[position], K / SPLIT columns] A^T in float32.
+    """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
 
-    Grid (SPLIT * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of SPLIT parts of d_in.
-    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane.
+    Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
+    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part.
     """
     if PDL:
         _trigger()
-    part = tl.program_id(0) % SPLIT
-    plane = tl.program_id(0) // SPLIT // (R // BR)
-    r = tl.program_id(0) // SPLIT % (R // BR) * BR + tl.arange(0, BR)
+    part = tl.program_id(0) % split
+    plane = tl.program_id(0) // split // (R // BR)
+    r = tl.program_id(0) // split % (R // BR) * BR + tl.arange(0, BR)
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
@@ -94,14 +102,15 @@ def shrink(
         offset = tl.where(is_m, m_offset, offset)
         rank = tl.where(is_m, m_rank, rank)
         scale = tl.where(is_m, m_scale, scale)
-    NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
-    EVEN: tl.constexpr = K % (SPLIT * BK) == 0
+    NK: tl.constexpr = (K + BK - 1) // BK
+    EVEN: tl.constexpr = K % BK == 0
+    share = 1 if ONCE else (NK + split - 1) // split
     m = tl.arange(0, BM)
-    k = part * (NK * BK) + tl.arange(0, BK)
+    k = part * share * BK + tl.arange(0, BK)
     live = m < rows
     a_at = a + ((plane % SLICES) * pool_rows + offset + r).to(tl.int64)[:, None] * K + k[None, :]
     a_live = (r < tl.where(rows > 0, rank, 0))[:, None]
-    if NK == 1:
+    if ONCE:
         a_tile = tl.load(a_at, mask=a_live if EVEN else a_live & (k < K)[None, :], other=0.0)
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
@@ -110,11 +119,12 @@ def shrink(
         return
     x_at = x + token[:, None] * XS + k[None, :]
     acc = tl.zeros([BM, BR], tl.float32)
-    if NK == 1:
+    if ONCE:
         x_tile = tl.load(x_at, mask=live[:, None] if EVEN else live[:, None] & (k < K)[None, :], other=0.0)
         acc = _dot(x_tile, tl.trans(a_tile), acc, IEEE)
     else:
-        for i in tl.range(0, NK, num_stages=STAGES):
+        steps = tl.minimum(NK - part * share, share)
+        for i in tl.range(0, _number(steps), num_stages=STAGES):
             inside = (k + i * BK < K)[None, :]
             a_tile = tl.load(a_at + i * BK, mask=a_live if EVEN else a_live & inside, other=0.0)
             x_tile = tl.load(x_at + i * BK, mask=live[:, None] if EVEN else live[:, None] & inside, other=0.0)
@@ -287,67 +297,3 @@ def fused(
     if SLICES > 2:
         v_tile = (acc2 * scale).to(dtype)
         _walk(y, b, v_tile, token, live, offset, rank, W0 + W1, YS, D, W2, R, BN, PARTS, STAGES2, IEEE)
-
-
-@triton.jit
-def barrier(
-    y, x, a, b, v, route, perm, counters, positions, pool_rows,
-    XS: tl.constexpr, YS: tl.constexpr, K: tl.constexpr, D: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr,
-    W2: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
-):  # fmt: skip
-    """Both halves for few rows: PARTS programs share a row tile, fetch A and B first, and meet between the halves.
-
-    Grid (PARTS * SLICES, tiles), all of it resident at once. Each program shrinks its part of d_in, adds a plane of v,
-    waits until its fellows have too, and expands its part of the slice's columns. counters int32 [tiles * SLICES] only
-    ever grow, by PARTS a call (a power of two, so that int32 may wrap), and serve this PARTS alone.
-    """
-    if PDL:
-        _trigger()
-    part = tl.program_id(0) % PARTS
-    s = tl.program_id(0) // PARTS
-    first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
-    if (rows == 0) & (tl.program_id(1) > 0):
-        return
-    KP: tl.constexpr = (K // 8 + PARTS - 1) // PARTS * 8
-    width = tl.where(s == 0, W0, tl.where(s == 1, W1, W2))
-    base = tl.where(s == 0, 0, tl.where(s == 1, W0, W0 + W1))
-    columns = (width // 8 + PARTS - 1) // PARTS * 8
-    m = tl.arange(0, BM)
-    r = tl.arange(0, R)
-    k = tl.arange(0, BK)
-    n = tl.arange(0, BN)
-    live = m < rows
-    r_live = (r < tl.where(rows > 0, rank, 0))[:, None]
-    k_live = (k < tl.minimum(K - part * KP, KP) // 8 * 8)[None, :]
-    n_live = (n < tl.minimum(width - part * columns, columns) // 8 * 8)[None, :]
-    a_at = a + (s * pool_rows + offset + r).to(tl.int64)[:, None] * K + (part * KP + k)[None, :]
-    b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + part * columns + n)[None, :]
-    a_tile = tl.load(a_at, mask=r_live if K == BK * PARTS else r_live & k_live, other=0.0)
-    b_tile = tl.load(b_at, mask=r_live & n_live, other=0.0)
-    token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
-    if PDL:
-        _wait()
-    if rows == 0:
-        return
-    y_at = y + token[:, None] * YS + (base + part * columns + n)[None, :]
-    x_at = x + token[:, None] * XS + (part * KP + k)[None, :]
-    x_tile = tl.load(x_at, mask=live[:, None] if K == BK * PARTS else live[:, None] & k_live, other=0.0)
-    y_tile = tl.load(y_at, mask=live[:, None] & n_live, other=0.0)
-    acc = _dot(x_tile, tl.trans(a_tile), tl.zeros([BM, R], tl.float32), IEEE) * scale
-    v_at = v + (s.to(tl.int64) * positions + first + m)[:, None] * R + r[None, :]
-    tl.store(v_at + part * SLICES * positions * R, acc, mask=live[:, None])
-    _meet(counters + tl.program_id(1) * SLICES + s, PARTS)
-    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, SLICES, PARTS).to(b.dtype.element_ty)
-    acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
-    tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=live[:, None] & n_live)
-
-
-@triton.jit
-def _meet(counter, PARTS: tl.constexpr):
-    """Wait until PARTS programs are here; what each stored before is then visible to all."""
-    tl.debug_barrier()  # every thread's stores come before the one thread's release
-    target = (tl.atomic_add(counter, 1, sem="release") & -PARTS) + PARTS
-    while tl.atomic_add(counter, 0, sem="acquire") - target < 0:
-        pass
-    tl.debug_barrier()

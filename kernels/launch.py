@@ -13,24 +13,19 @@ from functools import cached_property
 
 import torch
 import triton
-from triton.runtime.errors import OutOfResources
 
 _LOADED: dict[str, object] = {}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """types: of the run-time arguments in order: a dtype for a tensor, for an integer a value with its usual alignment.
-
-    resident: the programs wait for one another, so all of the grid must fit on the device at once.
-    """
+    """types: of the run-time arguments in order: a dtype for a tensor, for an integer a value with its usual alignment."""
 
     kernel: triton.JITFunction
     grid: tuple[int, int]
     constants: dict
     types: dict
     warps: int = 4
-    resident: bool = False
 
     @cached_property
     def code(self) -> str:
@@ -52,30 +47,15 @@ class Launch:
             _LOADED[self.code] = kernel
         return kernel
 
-    @property
-    def places(self) -> int:
-        """How many of its programs the device holds at once: by shared memory, registers and threads."""
-        kernel = self.load()
-        device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        threads = 32 * self.warps
-        registers = -(-kernel.n_regs // 8) * 8 * threads
-        by_shared = device.shared_memory_per_multiprocessor // (kernel.metadata.shared + 1024)
-        a_processor = min(by_shared, 65536 // registers, device.max_threads_per_multi_processor // threads, 32)
-        return a_processor * _processors()
-
     def bind(self, device: torch.device) -> Callable:
         """A function of the run-time arguments (`argument` of each tensor, in the kernel's order) that launches it.
 
         It calls the compiled kernel's launcher directly: Triton's own way costs the host several times more.
-        OutOfResources if programs that wait for one another do not all fit at once with half the places to spare, for
-        another kernel's programs, on another stream or launched early, may hold theirs.
+        OutOfResources where it does not fit the device.
         """
         if INTERPRETED:
             return lambda *arguments: self.kernel[self.grid](*arguments, **self.constants)
         compiled = self.load()
-        programs = self.grid[0] * self.grid[1]
-        if self.resident and programs > max(self.places // 2, _processors()):
-            raise OutOfResources(programs, self.places, "resident programs")
         run = compiled.run
         before = (*self.grid, 1)
         scratch, metadata, hooks = (None, None), (compiled.packed_metadata, None), (None, None)
@@ -87,10 +67,6 @@ class Launch:
             start(*before, stream_of(index), *between, *arguments, *constants)
 
         return launch_now
-
-
-def _processors() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
 def argument(tensor: torch.Tensor):

@@ -9,15 +9,17 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 
-from kernels import branch
+from kernels import branch, stream
 from kernels.launch import Launch
 
 
 def compile_one(kernel: str, *resolved) -> str:
-    """Compile one launch of a kernel of `branch`; the error's text where it does not fit the device, else nothing."""
+    """Compile one launch of a kernel of the operator; the error's text where it does not fit the device, else nothing."""
     try:
-        Launch(getattr(branch, kernel), *resolved).compile()
+        module = next(module for module in (branch, stream) if kernel in vars(module))
+        Launch(getattr(module, kernel), *resolved).compile()
     except Exception as error:  # a tile that does not fit is an answer to the search, whatever the compiler raised
         return f"{type(error).__name__}: {error}"
     return ""
@@ -34,6 +36,10 @@ def in_parallel(work: Callable, jobs: list[tuple]) -> list:
     """work(*job) of every job, in order, each core a process of its own with its own view of the GPU."""
     if not jobs:
         return []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), mp_context=context) as pool:
-        return list(pool.map(work, *zip(*jobs, strict=True), chunksize=2 if len(jobs) > 64 else 1))
+    return list(_workers().map(work, *zip(*jobs, strict=True), chunksize=2 if len(jobs) > 64 else 1))
+
+
+@cache
+def _workers() -> ProcessPoolExecutor:
+    """Started once, for each has torch to import; they end with this process."""
+    return ProcessPoolExecutor(os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn"))

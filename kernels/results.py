@@ -20,7 +20,8 @@ PEERS = FOLDER / "peers_h200.csv"
 
 @dataclass(frozen=True)
 class Row:
-    """One operator at one point. us: a call, floor_us: what its bytes or flops need; error: relative, against float32.
+    """One operator at one point. us: a call back to back, floor_us: what its bytes or flops need; error: relative, against
+    float32; behind_us: what a call adds behind the linear of its projection, 0 where that was not measured.
 
     d_out counts the columns of all slices together.
     """
@@ -37,6 +38,12 @@ class Row:
     us: float
     floor_us: float
     error: float
+    behind_us: float = 0.0
+
+    @property
+    def cost_us(self) -> float:
+        """As calls occur where that was measured, back to back elsewhere."""
+        return self.behind_us or self.us
 
     @property
     def point(self) -> tuple:
@@ -52,7 +59,7 @@ def write(path: Path, rows: Iterable[Row], header: dict[str, str]) -> None:
         out = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         out.writeheader()
         for row in rows:
-            times = {"us": f"{row.us:.3f}", "floor_us": f"{row.floor_us:.3f}"}
+            times = {"us": f"{row.us:.3f}", "floor_us": f"{row.floor_us:.3f}", "behind_us": f"{row.behind_us:.3f}"}
             out.writerow(asdict(row) | times | {"error": f"{row.error:.1e}"})
         file.flush()
         os.fsync(file.fileno())

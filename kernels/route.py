@@ -29,10 +29,10 @@ def _group(index, merged, slots):
 
 @triton.jit
 def _write_tiles(
-    route, capacity, counts, bins, group, first, rows, mine, fields, slots,
+    route, capacity, total, counts, bins, group, first, rows, mine, fields, slots,
     BM: tl.constexpr, MOST: tl.constexpr, FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """The group's entries of the route list of tile height BM; the last group clears what lies behind the last tile."""
+    """The group's entries of the route list of tile height BM; the last group clears what lies behind, and counts."""
     tiles = tl.where(bins <= slots, (counts + BM - 1) // BM, 0)
     before = tl.sum(tl.where(bins < group, tiles, 0))
     i = tl.arange(0, MOST)
@@ -43,6 +43,7 @@ def _write_tiles(
     for f in tl.static_range(2, 8):
         tl.store(at + f, fields[f - 2] + tl.zeros_like(i), mask=live)
     if group == slots + 1:
+        tl.store(total, tl.sum(tiles))
         for c in tl.static_range(0, 2):  # capacity is under MOST + slots + 1 tiles, and MOST >= slots + 2
             j = before + c * MOST + i
             tl.store(route + j * FIELDS + 1, tl.zeros_like(i), mask=j < capacity)
@@ -50,7 +51,7 @@ def _write_tiles(
 
 @triton.jit
 def route_kernel(
-    state, index, perm, slot_offset, slot_rank, slot_scale, route0, route1, route2, route3,
+    state, index, perm, slot_offset, slot_rank, slot_scale, totals, route0, route1, route2, route3,
     cap0: tl.constexpr, cap1: tl.constexpr, cap2: tl.constexpr, cap3: tl.constexpr, slots: tl.constexpr,
     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, FIELDS: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
@@ -89,10 +90,10 @@ def route_kernel(
     m_scale = (-tl.load(slot_scale + merged, mask=merged >= 0, other=0.0)).to(tl.int32, bitcast=True)
     fields = (offset, rank, scale, m_offset, m_rank, m_scale)
     mine = group <= slots
-    _write_tiles(route0, cap0, counts, bins, group, first, rows, mine, fields, slots, BM0, MOST0, FIELDS)
-    _write_tiles(route1, cap1, counts, bins, group, first, rows, mine, fields, slots, BM1, MOST1, FIELDS)
-    _write_tiles(route2, cap2, counts, bins, group, first, rows, mine, fields, slots, BM2, MOST2, FIELDS)
-    _write_tiles(route3, cap3, counts, bins, group, first, rows, mine, fields, slots, BM3, MOST3, FIELDS)
+    _write_tiles(route0, cap0, totals + 0, counts, bins, group, first, rows, mine, fields, slots, BM0, MOST0, FIELDS)
+    _write_tiles(route1, cap1, totals + 1, counts, bins, group, first, rows, mine, fields, slots, BM1, MOST1, FIELDS)
+    _write_tiles(route2, cap2, totals + 2, counts, bins, group, first, rows, mine, fields, slots, BM2, MOST2, FIELDS)
+    _write_tiles(route3, cap3, totals + 3, counts, bins, group, first, rows, mine, fields, slots, BM3, MOST3, FIELDS)
 
 
 def build_routes(batch: LoraBatch) -> None:
@@ -118,7 +119,8 @@ def _launch(batch: LoraBatch) -> Callable:
         most = max(triton.next_power_of_2(-(-batch.max_tokens // rows)), most_slots)
         constants |= {f"BM{i}": rows, f"MOST{i}": most, f"cap{i}": len(batch.routes[rows])}
     pool = batch.pool
-    tensors = [batch.state, batch.index, batch.perm, pool.offset, pool.rank, pool.scale, *batch.routes.values()]
+    tensors = [batch.state, batch.index, batch.perm, pool.offset, pool.rank, pool.scale, batch.counts[TILE_ROWS[0]]]
+    tensors += batch.routes.values()
     types = dict(zip(route_kernel.arg_names, (tensor.dtype for tensor in tensors), strict=False))
     run = Launch(route_kernel, (slots + 2, 1), constants, types).bind(pool.device)
     arguments = [argument(tensor) for tensor in tensors]

@@ -28,3 +28,9 @@ def device_name() -> str:
 def has_dependent_launch() -> bool:
     """Programmatic dependent launch (a kernel's prologue overlaps its predecessor) exists from Hopper on."""
     return not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@cache
+def processors() -> int:
+    """Multiprocessors of the GPU; a few in the interpreter."""
+    return 4 if INTERPRETED else torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

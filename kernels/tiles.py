@@ -1,8 +1,8 @@
 """Which tiling an operator call uses: a table tuned per device, and a sound default where there is none.
 
-The key is (projection, rank, tokens, adapters): adapters and rows per adapter decide where the time goes, and no other
-shipped table sees both. Lookup is a nearest neighbour in log2 space, remembered: one dictionary access a call. It knows
-no kernel.
+The key is (projection, rank, tokens, adapters, equal shares or not): adapters and rows per adapter decide where the time
+goes, and no other shipped table sees both. Lookup is a nearest neighbour in log2 space, remembered: one dictionary access
+a call. It knows no kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from kernels.batch import TILE_ROWS, LoraError
 from kernels.target import device_name
 
-FORMS = ("two", "one", "barrier")
+FORMS = ("two", "one", "stream")
+LONG = 512
+"""Tokens from which equal and unequal shares are tuned apart."""
 FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -28,8 +30,9 @@ class Tiling:
     form "two": shrink (rows x rank_block tiles of v at most, k_block columns of x a step, the sum over d_in split into
     `split` planes), then expand (expand_rows x n_block tiles, `span` of them a program). form "one": both in one
     program a row tile of `rows`, whose output columns `span` programs share; split, rank_block, expand_rows and
-    expand_warps are not used. form "barrier": `split` programs a tile of `rows` do a part of both and meet in between;
-    only warps counts of the rest.
+    expand_warps are not used. form "stream": like "two", but a fixed number of programs, `residents` and
+    `expand_residents` a processor, share whatever row tiles there are; `split` and `span` bound from below how little
+    one does; expand_rows is rows.
     """
 
     form: str = "two"
@@ -44,25 +47,29 @@ class Tiling:
     expand_warps: int = 4
     expand_stages: int = 3
     rank_block: int = 256
+    residents: int = 2
+    expand_residents: int = 2
 
     def __post_init__(self):
         if self.form not in FORMS:
             raise LoraError(f"form {self.form!r} must be among {FORMS}")
-        if self.form == "barrier" and self.split not in (1, 2, 4, 8, 16, 32, 64):
-            raise LoraError(f"split {self.split} of the barrier form must be a power of two up to 64")
+        if self.form == "stream" and self.rows != self.expand_rows:
+            raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be equal in the stream form")
         if self.rows not in TILE_ROWS or self.expand_rows not in TILE_ROWS:
             raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be among {TILE_ROWS}")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the tiling: one projection's sizes, the padded rank, and the step's tokens and active adapters."""
+    """What decides the tiling: one projection's sizes, the padded rank, the step's tokens and active adapters, and
+    whether these have unequal shares (only of LONG steps)."""
 
     d_in: int
     widths: tuple[int, ...]
     rank: int
     tokens: int
     adapters: int
+    uneven: bool = False
 
     def rounded(self) -> Shape:
         """The same with tokens rounded to a quarter of a power of two, so that lookups repeat from step to step."""
@@ -80,6 +87,7 @@ class Shape:
             + 2 * abs(log2(self.d_in / other.d_in))
             + abs(log2(mine / theirs))
             + 2 * abs(len(self.widths) - len(other.widths))
+            + abs(self.uneven - other.uneven)
         )
 
 
@@ -94,13 +102,6 @@ def default(shape: Shape) -> Tiling:
     rows = 64 if shape.rank <= 128 else 32
     split = 1 if shape.tokens >= 4096 else 4
     return Tiling(rows=rows, expand_rows=rows, k_block=min(64, k_block), split=split, n_block=128, stages=4)
-
-
-def steadier(tiling: Tiling) -> Tiling:
-    """A neighbour with smaller programs, of which more fit at once: uneven rows then cost it no further round."""
-    if tiling.form == "one":
-        return Tiling("two", 64, 128, 1, 4, 3, 64, 128, 8, 4, 3)
-    return replace(tiling, k_block=max(64, tiling.k_block // 2)) if tiling.form == "two" else tiling
 
 
 def load(path: Path) -> dict[Shape, Tiling]:
@@ -133,24 +134,20 @@ def table(device: str) -> dict[Shape, Tiling]:
 
 
 @cache
-def lookup(shape: Shape, *, meeting: bool = True) -> Tiling:
+def lookup(shape: Shape) -> Tiling:
     """The tiling of the nearest tuned shape on this device, or the default; the first of equals.
 
-    A tile cut for a smaller rank may not fit, and the barrier form is cut for one projection. meeting: whether that
-    form, whose programs must all be resident, may be chosen.
+    A tile cut for a smaller rank may not fit.
     """
-    entries = {
-        known: tiling for known, tiling in table(device_name()).items()
-        if known.rank >= shape.rank
-        and (tiling.form != "barrier" or (meeting and (known.d_in, known.widths) == (shape.d_in, shape.widths)))
-    }  # fmt: skip
+    entries = {known: tiling for known, tiling in table(device_name()).items() if known.rank >= shape.rank}
     near = min(entries, key=shape.distance, default=None)
     return entries[near] if near else default(shape)
 
 
 def entry_shape(entry: dict) -> Shape:
     """The shape of a row of a table file. KeyError where a size is missing."""
-    return Shape(**{f.name: entry[f.name] for f in fields(Shape)} | {"widths": tuple(entry["widths"])})
+    sizes = {name: entry[name] for name in ("d_in", "rank", "tokens", "adapters")}
+    return Shape(widths=tuple(entry["widths"]), uneven=entry.get("uneven", False), **sizes)
 
 
 def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 
 import numpy as np
@@ -65,11 +65,12 @@ class Point:
 class World:
     """The tensors of one point, random, on the GPU: a pool with enough layers to be cold, a batch, x and y."""
 
-    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cuda"):
+    def __init__(self, point: Point, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cuda",
+                 cold_bytes: int = COLD_BYTES):
         self.point = point
         projection = Projection(point.d_in, point.widths)
         factor_bytes = 2 * point.adapters * point.rank * (projection.slices * point.d_in + projection.d_out)
-        self.layers = max(2, -(-COLD_BYTES // factor_bytes))
+        self.layers = max(2, -(-cold_bytes // factor_bytes))
         rows = point.adapters * -(-point.rank // 16) * 16
         self.pool = LoraPool(
             {"p": projection}, layers=self.layers, slots=point.adapters, rows=rows, dtype=dtype, device=device
@@ -83,6 +84,7 @@ class World:
         self.batch.update(point.index())
         self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device=device).normal_(generator=random)
         self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device=device).normal_(generator=random)
+        self._linear, self._alone_us = None, {}
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,18 +114,24 @@ class World:
             graph = self._graph(op, rounds * self.layers)
         return median(_events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
 
-    def after_ordinary_us(self, op: Callable, calls: int = 128) -> float:
-        """What one call adds behind a kernel launched the ordinary way, whose time is taken off: no fetch runs ahead.
+    def behind_us(self, op: Callable, *, replays: int = 5, calls: int = 48) -> float:
+        """What one call adds where calls occur: behind the linear that wrote y, before the next one.
 
-        The other kernel adds to 4 MB that nobody else touches.
+        The pair less the linear alone (cuBLAS, of 1,024 inputs), which launches nothing early: no fetch runs ahead.
         """
-        other = torch.zeros(1 << 20, device=self.pool.device)
+        if self._linear is None:
+            inputs = min(1024, self.point.d_in)
+            weight = torch.empty(sum(self.point.widths), inputs, dtype=self.x.dtype, device=self.x.device)
+            weight.normal_(0, inputs**-0.5)
+            self._linear = partial(torch.mm, self.x[:, :inputs], weight.t(), out=self.y)
+            self._linear()
+        calls = -(-calls // self.layers) * self.layers
+        if calls not in self._alone_us:
+            alone = self._graph(None, calls, before=self._linear)
+            self._alone_us[calls] = median(_events_us(alone.replay, 9)) / calls
         op(self.y, self.x, self.pool, self.batch, (0, "p"))
-        spans = []
-        for run in (op, None):
-            graph = self._graph(run, calls, before=lambda: other.add_(1.0))
-            spans.append(median(_events_us(graph.replay, 7)) / calls)
-        return spans[0] - spans[1]
+        pair = self._graph(op, calls, before=self._linear)
+        return median(_events_us(pair.replay, replays)) / calls - self._alone_us[calls]
 
     def _graph(self, op: Callable | None, calls: int, before: Callable = lambda: None) -> torch.cuda.CUDAGraph:
         """Captured and replayed once."""

@@ -1,7 +1,7 @@
 """`python -m kernels tune`: searches tilings on this GPU and writes its table.
 
-The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink, then the forms of
-one launch; each candidate is timed whole, cold, in a CUDA graph. A run that is cut short goes on where it stopped. It
+The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink; each candidate is
+timed whole, cold, in a CUDA graph. A run that is cut short goes on where it stopped. It
 knows tilings and shapes, no kernel code.
 """
 
@@ -30,13 +30,22 @@ from kernels.batch import LoraBatch
 from kernels.launch import Launch
 from kernels.precompile import compile_all
 from kernels.target import device_name
-from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load
+from kernels.tiles import FOLDER, FORMS, LONG, Shape, Tiling, as_entry, entry_shape, load
 from kernels.timing import Point, World
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
+FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
 COARSE = (8, 64, 512, 4096)
-GROUP = 80
+AS_THEY_OCCUR = 256
+"""Tokens up to which a candidate is timed behind a linear."""
+NEAR = 1.05
+"""Of candidates within this factor of the best behind a linear, the best back to back is taken."""
+FAR = 1.2
+"""A candidate that is slower than the best by more than this factor is timed no further."""
+COLD = 80 << 20
+"""Bytes of factors that calls rotate over: more than L2 holds."""
+GROUP = 45
 """Shapes whose candidates are compiled together, on all cores, before they are timed."""
 SQUARE = (4096, (4096,))
 LAYERS = (  # LLaVA-1.5-7B's and Qwen2-VL-7B's other projections
@@ -46,11 +55,18 @@ LAYERS = (  # LLaVA-1.5-7B's and Qwen2-VL-7B's other projections
 
 
 def shapes() -> list[Shape]:
-    """Every shape of the search, the most wanted first: the square projection finely, then the models' layers."""
-    grid = [(*SQUARE, rank, t, n) for rank in (64, 16, 32, 128) for t in TOKENS for n in ADAPTERS]
-    grid += [(*LAYERS[0], 64, t, n) for t in TOKENS for n in (1, 8, 32)]
-    grid += [(*layer, rank, t, n) for rank in (64, 16) for layer in LAYERS for t in COARSE for n in (1, 8)]
-    return [Shape(*row) for row in dict.fromkeys(grid) if row[-1] <= row[-2]]
+    """Every shape of the search, the most wanted first: the square projection finely, then the models' layers.
+
+    LONG steps of several adapters come twice, with equal and with unequal shares.
+    """
+    grid = [(*SQUARE, 64, t, n) for t in TOKENS for n in ADAPTERS]
+    grid += [(*SQUARE, 128, t, n) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
+    grid += [(*LAYERS[0], 64, t, n) for t in TOKENS for n in FEWER_ADAPTERS]
+    grid += [(*SQUARE, rank, t, n) for rank in (16, 32) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
+    grid += [(*layer, 64, t, n) for layer in LAYERS for t in COARSE for n in (1, 8)]
+    shares = [(*row, uneven) for row in dict.fromkeys(grid) if row[-1] <= row[-2]
+              for uneven in ((False, True) if row[-2] >= LONG and row[-1] > 1 else (False,))]  # fmt: skip
+    return [Shape(*row) for row in shares]
 
 
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
@@ -63,22 +79,23 @@ def _row_tiles(shape: Shape) -> tuple[int, ...]:
 
 
 def shrinks(shape: Shape) -> Iterator[Tiling]:
-    """Candidates for the shrink, with a middling expand. Few splits where v's planes would cost much."""
+    """Candidates for the shrink, with a middling expand: few splits where v's planes would cost much, and as many
+    programs as pull the factors without queueing."""
     most_split = max(2, min(32, 16384 // shape.tokens))
     for rows in _row_tiles(shape):
         span, n_block = (8, 128) if shape.tokens >= 1024 else (1, 256 if rows <= 32 and shape.rank < 128 else 128)
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
-        for k_block, split in product((64, 128, 256, 512, 1024), (1, 2, 4, 8, 16, 32)):
+        for k_block, split in product((128, 256, 512), (1, 2, 3, 4, 8, 16, 32)):
             steps = -(-shape.d_in // (k_block * split))
             once = steps == 1  # the program's part of A is fetched whole, before it waits for its predecessor
-            narrow = shape.tokens * split < 32 and split < 4  # too few programs to pull the factors
             empty = (split - 1) * steps * k_block >= shape.d_in  # the last program would have nothing to do
-            if split > most_split or narrow or empty or (not once and k_block in (64, 512, 1024)):
+            if split > most_split or empty or (not once and k_block == 512):
                 continue
-            for rank_block in {shape.rank, max(16, shape.rank // 2)}:
+            for rank_block in {max(16, shape.rank // parts) for parts in ((1, 2, 4) if shape.tokens < LONG else (1, 2))}:
+                programs = shape.rank // rank_block * tiles * split
                 fits = k_block * rank_block <= 32768 if once else 3 * k_block * (rank_block + rows) <= 98304
-                spread = shape.rank // rank_block * tiles * split
-                if fits and (rank_block == shape.rank or shape.rank >= 128 or spread <= 264):
+                fair = min(16 * shape.adapters, 96) <= programs <= 800 or (rank_block == shape.rank and split == 1)
+                if fits and fair:
                     warps = 8 if rank_block * k_block >= 32768 or rows == 128 else 4
                     yield Tiling("two", rows, k_block, split, warps, 3, rows, n_block, span, 4, 3, rank_block)
 
@@ -86,8 +103,7 @@ def shrinks(shape: Shape) -> Iterator[Tiling]:
 def expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
     """Candidates for the expand beside the best shrink."""
     few = ((64, 1, 2), (128, 1, 2), (256, 1, 2), (256, 2, 2))
-    many = ((128, 1, 2), (256, 1, 2), (128, 2, 2), (256, 2, 2), (64, 8, 3), (64, 8, 4))
-    many += ((128, 4, 3), (128, 8, 3), (128, 8, 4), (256, 4, 3))
+    many = ((128, 1, 2), (256, 1, 2), (128, 2, 2), (256, 2, 2), (64, 8, 3), (128, 4, 3), (128, 8, 3), (256, 4, 3))
     for rows in _row_tiles(shape):
         for n_block, span, stages in many if shape.tokens >= 512 else few:
             for warps in (4, 8) if max(rows, shape.rank) * n_block >= 8192 else (4,):
@@ -96,27 +112,37 @@ def expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
                     yield replace(best, **tile, expand_stages=stages, expand_warps=warps)
 
 
+def streams(shape: Shape) -> Iterator[Tiling]:
+    """Candidates for the shared shrink, with a middling expand, where shares are unequal."""
+    if not shape.uneven:
+        return
+    for rows in _row_tiles(shape):
+        for k_block, stages in ((64, 4), (128, 3)):
+            for split in (1, 2, 4):
+                if 3 * k_block * (shape.rank + rows) <= 98304 and split * shape.tokens <= 16384:
+                    for residents in (2, 3) if rows + shape.rank <= 128 else (1, 2):
+                        warps = 8 if rows * shape.rank > 4096 else 4
+                        yield Tiling("stream", rows, k_block, split, warps, stages, rows, 128, 2, 4, 3,
+                                     residents=residents, expand_residents=2)  # fmt: skip
+
+
+def stream_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
+    """Candidates for the shared expand beside the best shared shrink."""
+    for n_block, stages in ((64, 3), (128, 2), (128, 3), (256, 2)):
+        warps = 8 if best.rows * n_block > 8192 else 4
+        for residents, span in ((2, 2), (3, 1), (4, 1), (6, 1), (4, 4)):
+            if best.rows * n_block <= 16384:
+                tile = {"n_block": n_block, "expand_stages": stages, "span": span, "expand_residents": residents}
+                yield replace(best, **tile, expand_warps=warps)
+
+
 def ones(shape: Shape) -> Iterator[Tiling]:
     """Candidates for the one-launch form: only where row tiles alone fill the GPU, and v fits in registers."""
-    if shape.tokens < 4096 or shape.rank * len(shape.widths) > 256:
+    if shape.tokens < 8192 or shape.rank * len(shape.widths) > 256:
         return
-    for rows in (64, 128):
-        for k_block, stages in ((64, 4), (128, 3)):
-            for n_block, expand_stages in ((64, 4), (128, 3)):
-                for span in (1, 2) if shape.tokens < 8192 else (1,):
-                    yield Tiling("one", rows, k_block, 1, rows // 16, stages, rows, n_block, span, 4, expand_stages)
-
-
-def barriers(shape: Shape) -> Iterator[Tiling]:
-    """Candidates for the form of few rows: a program holds its part of A and of B whole."""
-    for rows in _row_tiles(shape)[:1]:
-        for split in (4, 8, 16, 32, 64):
-            part = max(shape.d_in, *shape.widths) / split
-            if shape.rank * part > 32768 or part < 32 or split * shape.adapters * len(shape.widths) > 528:
-                continue
-            for warps in (4, 8):
-                if shape.rank * part / warps <= 4096:
-                    yield Tiling("barrier", rows, split=split, warps=warps)
+    for rows, k_block, n_block in product((64, 128), (64, 128), (64, 128)):
+        stages, expand_stages = (4 if block == 64 else 3 for block in (k_block, n_block))
+        yield Tiling("one", rows, k_block, 1, rows // 16, stages, rows, n_block, 1, 4, expand_stages)
 
 
 class Search:
@@ -125,6 +151,7 @@ class Search:
     def __init__(self, shape: Shape, forms: tuple[str, ...] = FORMS, known: Tiling | None = None):
         self.shape, self.forms, self.known = shape, forms, known
         self.timed: dict[Tiling, float] = {}
+        self.least = inf
 
     @property
     def best(self) -> Tiling:
@@ -132,14 +159,18 @@ class Search:
 
     def first(self) -> list[Tiling]:
         """What does not depend on what was found."""
-        every = (*shrinks(self.shape), *ones(self.shape), *barriers(self.shape))
+        every = (*shrinks(self.shape), *ones(self.shape), *streams(self.shape))
         known = [self.known] if self.known else []
         return known + [tiling for tiling in every if tiling.form in self.forms]
 
     def second(self) -> list[Tiling]:
-        """The expand's candidates beside the best shrink."""
-        two = {tiling: us for tiling, us in self.timed.items() if tiling.form == "two" and "two" in self.forms}
-        return list(expands(self.shape, min(two, key=two.get))) if two else []
+        """The expand's candidates beside the best shrinks."""
+        found = []
+        for form, candidates in (("two", expands), ("stream", stream_expands)):
+            timed = {tiling: us for tiling, us in self.timed.items() if tiling.form == form and form in self.forms}
+            if timed:
+                found += candidates(self.shape, min(timed, key=timed.get))
+        return found
 
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
         """Every kernel that timing the candidates needs."""
@@ -148,20 +179,31 @@ class Search:
         return [launch for launches in resolved for launch in launches]
 
     def time(self, candidates: list[Tiling]) -> World:
-        """Time what is new among the candidates, with equal and with uneven shares; the world of equal ones."""
+        """Time what is new among the candidates; the first world they were timed in."""
         shape = self.shape
         point = Point("tune", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank)
-        worlds = [World(point)]
-        if 1 < shape.adapters < shape.tokens:  # equal shares can fill row tiles and processors by luck
-            worlds.append(World(replace(point, skew="skew60")))
+        worlds = [World(replace(point, skew="skew60") if shape.uneven else point, cold_bytes=COLD)]
+        if 1 < shape.adapters < shape.tokens < LONG:  # equal shares can fill row tiles and processors by luck
+            worlds.append(World(replace(point, skew="skew60"), cold_bytes=COLD))
         for tiling in candidates:
             if tiling not in self.timed:
-                op = partial(atmm, tiling=tiling)
-                try:
-                    self.timed[tiling] = prod(world.graph_us(op, replays=3, target_us=400) for world in worlds)
-                except OutOfResources:  # shared memory, or programs that wait for one another and do not all fit
-                    self.timed[tiling] = inf
+                self.timed[tiling] = self._product(worlds, partial(atmm, tiling=tiling))
         return worlds[0]
+
+    def _product(self, worlds: list[World], op: Callable) -> float:
+        """Product of the times in all worlds; infinite if it does not fit, or is far behind the best in the first."""
+        try:
+            first = self._us(worlds[0], op)
+            self.least = min(first, self.least)
+            return first * prod(self._us(world, op) for world in worlds[1:]) if first < FAR * self.least else inf
+        except OutOfResources:
+            return inf
+
+    def _us(self, world: World, op: Callable) -> float:
+        """Behind a linear where calls are short; back to back where a launch is no part of the matter."""
+        if self.shape.tokens <= AS_THEY_OCCUR:
+            return max(0.1, world.behind_us(op, replays=3, calls=32))
+        return world.graph_us(op, replays=3, target_us=400)
 
     def finish(self) -> dict:
         """The table's entry: the fastest tiling that passes the check against float32, measured again."""
@@ -169,7 +211,11 @@ class Search:
         while not (error := world.error(partial(atmm, tiling=self.best))) < 1e-2:  # NaN is wrong too
             print(f"wrong: {self.shape} {self.best}: error {error:.1e}", file=sys.stderr)
             self.timed[self.best] = inf
-        return as_entry(self.shape, self.best, world.graph_us(partial(atmm, tiling=self.best)))
+        chosen = self.best
+        if self.shape.tokens <= AS_THEY_OCCUR:
+            near = [t for t, us in sorted(self.timed.items(), key=lambda at: at[1]) if us < NEAR * self.timed[chosen]]
+            chosen = min(near[:8], key=lambda tiling: world.graph_us(partial(atmm, tiling=tiling)))
+        return as_entry(self.shape, chosen, world.graph_us(partial(atmm, tiling=chosen)))
 
 
 def tune(
@@ -211,8 +257,9 @@ def _write(path: Path, entries: list[dict]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "command": "python -m kernels tune",
-        "what": "fastest tiling per shape, by the product of its times with equal shares and with 60 % on one adapter; "
-        "us: one call, equal shares, CUDA-graph replay, weights cold in L2",
+        "what": f"fastest tiling per shape: up to {AS_THEY_OCCUR} tokens behind a linear, then back to back; under {LONG} "
+        "tokens by the product of its times with equal shares and with 60 % on one adapter; us: one call back to back, "
+        "CUDA-graph replay, weights cold in L2",
     }
     rows = ",\n".join(json.dumps(entry) for entry in entries)
     text = json.dumps(header, indent=1)[:-2] + f',\n "entries": [\n{rows}\n ]\n}}\n'

@@ -18,9 +18,11 @@ PROJECTIONS = {"o": Projection(96, (64,)), "qkv": Projection(96, (64, 32, 16))}
 RANKS = (3, 16, 32, 20, 8)
 FORMS = {
     "planes": Tiling(k_block=32, split=3, n_block=32),
+    "more parts than columns": Tiling(k_block=64, split=9, n_block=32),
     "long tiles": Tiling(k_block=32, split=2, rows=32, expand_rows=16, n_block=16, span=2),
     "one launch": Tiling("one", rows=16, k_block=32, n_block=16, span=2),
-    "barrier": Tiling("barrier", split=4),
+    "shared steps": Tiling("stream", k_block=32, split=3, n_block=16, residents=1, expand_residents=3),
+    "shared long steps": Tiling("stream", rows=32, expand_rows=32, k_block=64, split=1, n_block=32, span=2),
     "default": None,
 }
 
@@ -53,7 +55,7 @@ def tensors(pool, key, tokens, random):
 @pytest.mark.parametrize("mixture", [False, True])
 def test_a_launch_has_every_argument_of_its_kernel(form, mixture):
     shape = Shape(96, (64, 32), 16, 8, 3)
-    tiling = fitting(Tiling(form, split=4), mixture=mixture)
+    tiling = fitting(Tiling(form, split=4), 96, mixture=mixture)
     for launch in resolve(shape, tiling, torch.float16, mixture=mixture, strides=(96, 96)):
         names = [*launch.types, *launch.constants]
         assert names == launch.kernel.arg_names

@@ -38,7 +38,8 @@ def test_rows_fall_to_adapters_as_the_skew_says(skew, tokens, adapters, counts):
 
 def test_rows_survive_the_file(tmp_path):
     path = tmp_path / "rows.csv"
-    rows = [OURS, replace(OURS, operator="slora", us=7.5, error=2e-3)]
+    rows = [OURS, replace(OURS, operator="slora", us=7.5, error=2e-3, behind_us=7.25)]
+    assert [row.cost_us for row in rows] == [4.0, 7.25]
     results.write(path, rows, {"device": "a GPU", "versions": "torch 2: 11"})
     assert results.read(path) == rows
     assert results.header(path) == {"device": "a GPU", "versions": "torch 2: 11"}
@@ -48,7 +49,7 @@ def test_rows_survive_the_file(tmp_path):
     ("old", "new", "says"),
     [
         ("4.000", "fast", "line 3: us 'fast' is no float"),
-        ("8,8,64", "8,64", "line 3: 11 values, expected 12"),
+        ("8,8,64", "8,64", "line 3: 12 values, expected 13"),
         ("operator", "op", "the columns are not"),
     ],
 )

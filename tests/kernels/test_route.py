@@ -1,9 +1,10 @@
 """Routes: every row with a branch in exactly one tile of its adapter, in order, whatever the step before left."""
 
 import numpy as np
+import pytest
 import torch
 
-from kernels.batch import TILE_ROWS, LoraBatch, LoraPool, Projection
+from kernels.batch import TILE_ROWS, LoraBatch, LoraError, LoraPool, Projection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,6 +19,7 @@ def test_tiles_cover_exactly_the_rows_that_get_a_branch():
         batch.update(index, merged)
         for rows in TILE_ROWS:
             assert covered(batch, rows) == expected(pool, index, merged), (merged, tokens, rows)
+            assert int(batch.counts[rows]) == sum(count > 0 for _, count, *_ in batch.routes[rows].tolist())
 
 
 def covered(batch, rows):
@@ -57,3 +59,16 @@ def test_more_slots_than_rows_and_more_rows_than_one_chunk():
     assert [(slot, rows.tolist()) for slot, rows in batch.segments[:11]] == [
         (slot, [slot, slot + 40] if slot < 10 else [slot]) for slot in range(11)
     ]
+
+
+def test_long_runs_count_like_single_rows():
+    pool = LoraPool({"o": Projection(16, (16,))}, layers=1, slots=6, rows=96, dtype=torch.float16, device=DEVICE)
+    for slot in range(6):
+        pool.reserve(slot, 16)
+    batch = LoraBatch(pool, 4096)
+    runs = np.repeat([3, -1, 0, 3, 5], [1500, 20, 1, 700, 300])
+    for index in (runs, np.random.default_rng(0).permutation(runs)):
+        batch.update(index, route=False)
+        assert (batch.tokens, batch.adapters, batch.uneven) == (2521, 3, True)
+    with pytest.raises(LoraError, match="row 1520 asks for slot 9"):
+        batch.update(np.where(runs == 0, 9, runs), route=False)

@@ -1,6 +1,7 @@
 """The tile table: nearest neighbour, bad files, and committed tables that fit their own shapes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,17 @@ def test_lookup_takes_the_nearest_of_a_sufficient_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(tiles, "table", lambda device: load(path))
     wanted = [Shape(4096, (4096,), *rest) for rest in ((16, 12, 4), (16, 2000, 9), (32, 8, 8), (128, 8, 8))]
     assert [tiles.lookup.__wrapped__(shape) for shape in wanted] == [few, many, wide, default(wanted[-1])]
+
+
+def test_unequal_shares_have_entries_of_their_own(tmp_path, monkeypatch):
+    even, uneven, few = Tiling(rows=128), Tiling("stream", 64, expand_rows=64), Tiling(split=8)
+    shape = Shape(4096, (4096,), 64, 4096, 8)
+    entries = [(shape, even), (replace(shape, uneven=True), uneven), (replace(shape, tokens=256), few)]
+    path = table_file(tmp_path, *(as_entry(known, tiling, 1.0) for known, tiling in entries))
+    monkeypatch.setattr(tiles, "table", lambda device: load(path))
+    for tokens, adapters in ((4096, 8), (5000, 6)):
+        near = [tiles.lookup.__wrapped__(replace(shape, tokens=tokens, adapters=adapters, uneven=u)) for u in (False, True)]
+        assert near == [even, uneven]
 
 
 def test_the_default_fits_every_shape():
