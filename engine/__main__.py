@@ -1,7 +1,9 @@
-"""`python -m engine replay | generate | make-adapters | fuse`: serve a trace, answer one prompt, make or train adapters.
+"""`python -m engine replay | generate | make-adapters | fuse | profile`: serve a trace, answer one prompt, make or train
+adapters, measure what the simulator needs to know.
 
 Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 2 (bad input; one line that says where and what
-to do), 3 (an invariant was broken: a bug, not bad input), 130 (interrupted; what had finished was written).
+to do), 3 (an invariant was broken: a bug, not bad input), 4 (`profile`: more is to be measured), 130 (interrupted; what had
+finished was written).
 """
 
 from __future__ import annotations
@@ -11,7 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from engine.fusion.__main__ import add_arguments as add_fuse_arguments
-from engine.options import add_generate_arguments, add_make_adapters_arguments, add_replay_arguments
+from engine.options import (
+    add_generate_arguments,
+    add_make_adapters_arguments,
+    add_profile_arguments,
+    add_replay_arguments,
+)
 from policies import PolicyError, known_policies
 from policies.invariants import InvariantError
 from policies.plan import PlanError
@@ -28,6 +35,8 @@ def build_parser() -> SuggestingParser:
                                 description="Write random adapters in PEFT's format."))  # fmt: skip
     add_fuse_arguments(commands.add_parser("fuse", help="pack domains into the fewest adapters", description=(
         "Train the fewest LoRA adapters that keep each domain above its accuracy floor.")))  # fmt: skip
+    add_profile_arguments(commands.add_parser("profile", help="measure this GPU for the simulator", description=(
+        "Measure this GPU under one model and write the simulator's latency profile. Resumable.")))  # fmt: skip
     return parser
 
 
@@ -41,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
         from engine.generate import generate
 
         return generate(args)
+    if args.command == "profile":
+        from engine.profile import profile
+
+        return profile(args)
     if args.command == "fuse":
         from engine.fusion.__main__ import run as fuse
 
@@ -53,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
+    args.words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return run(args)
     except (PlanError, InvariantError) as error:

@@ -78,3 +78,26 @@ def add_make_adapters_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-classes", type=count, default=0, metavar="N", help="give each a task head with N classes")
     add("--head-queries", type=count, default=0, metavar="N", help="make the head a detector with N queries")
     add("--seed", type=count, default=0, metavar="N", help="seed (default 0)")
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `profile`."""
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--out", required=True, metavar="FILE", help="the profile, by custom sim/profiles/GPU-MODEL.json; its rows beside")
+    add("--parts", metavar="NAME,...", help="some of linear, prefill, attention, vision, switch, load, host, lora, ranks, "
+        "check (default all)")  # fmt: skip
+    add("--operators", metavar="NAME,...", help="some of atmm, slora, punica, dlora, vllm (default all)")
+    add("--ranks", type=ranks, default=(64, 16, 128), metavar="R,R,...", help="ranks of adapters; all else is timed with "
+        "the first (default 64,16,128)")  # fmt: skip
+    add("--adapters", type=count, default=16, metavar="N", help="adapters of the engine (default 16)")
+    add("--quick", action="store_true", help="fewer points, the first rank only")
+    add("--max-seconds", type=positive, metavar="S", help="begin no measurement after S seconds; run again to go on")
+    add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, as in replay (default 64)")
+    add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step, as in replay (default 2048)")
+    add("--max-context", type=count, metavar="N", help="tokens of a request (default: the model's, up to 4096)")
+    add("--memory-share", type=positive, default=1.0, metavar="F", help="share of the free memory to use (default 1)")
+    add("--profile", metavar="FILE", help="latency profile that policies predict with meanwhile (default: the model's)")
+    add("--host-seconds", type=positive, default=3.0, metavar="S", help="length of a replay that times the host (default 3)")
+    add("--seed", type=count, default=0, metavar="N", help="seed of random weights (default 0)")
+    add("--overwrite", action="store_true", help="forget the rows that are there")

@@ -127,9 +127,15 @@ def load_profile(path: str | Path) -> Profile:
     path = Path(path)
     try:
         raw = path.read_bytes()
-        data = json.loads(raw)
     except OSError as error:
         raise ProfileError(f"{path}: {error.strerror}") from None
+    return parse_profile(path, raw)
+
+
+def parse_profile(path: Path, raw: bytes) -> Profile:
+    """The profile whose file has these bytes. Raises ProfileError for anything that is not one."""
+    try:
+        data = json.loads(raw)
     except ValueError as error:
         raise ProfileError(f"{path}: not JSON ({error})") from None
     if not isinstance(data, dict):

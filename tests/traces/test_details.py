@@ -1,4 +1,4 @@
-"""What an engine adds to its steps: written by the journal, kept in files of their own, read back, and replaced with them."""
+"""What an engine adds to its steps: written by the journal, kept in files of their own, read back, replaced with them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,317 @@
+"""From rows of measurements to the tables of a profile: differences of whole steps, and two small least-squares fits.
+
+The tables add up to the steps that were measured: what is told apart (attention, LoRA) is the difference to a step without
+it. Graphs pad a step to a bucket, so `linear` is a stair, written with a point at either end of each step. Chunks longer
+than were measured over a context are filled in by the work of attention, chunk x (context + chunk / 2). It measures nothing
+and knows no engine, only rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from engine.profile_parts import Row
+from policies.cost import Cost
+from policies.plan import Work
+from policies.profile import LEASE_PARTS, Profile, ProfileError, parse_profile
+from traces.request import Adapter
+
+PADDED = ("vllm", "dlora", "grouped")
+"""Operators that compute every adapter of a batch at its largest rank."""
+ANY = 999_999
+"""Adapters up to which a mixture has one curve: it is timed with as many as there are."""
+QUADRATIC_AT = (1, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+
+Points = list[list[float]]
+
+
+class UnfinishedError(ValueError):
+    """Rows that do not make a profile yet. The message names the parts that are missing."""
+
+
+def tables(rows: Mapping[str, Row], facts: Mapping) -> dict:
+    """The profile as JSON-able data, without what the host costs. facts: the header of the rows. Raises UnfinishedError."""
+    by: dict[str, list[Row]] = {}
+    for row in rows.values():
+        by.setdefault(row["what"], []).append(row)
+    needed = {"linear", "prefill", "attention", "vision", "load"} | ({"switch"} if facts["adapters"] > 1 else set())
+    missing = sorted(needed - by.keys())
+    if missing:
+        raise UnfinishedError(f"no row yet of {', '.join(missing)}; run the same command again, it goes on where it stopped")
+    alpha, beta = chunk_attention(rows)
+    none = lambda tokens: alpha * tokens * tokens + beta  # noqa: E731
+    linear = {row["requests"]: row["us"] for row in by["linear"]}
+    prefill = {row["work"][4]: row["us"] for row in by["prefill"]}
+    after = {tokens: max(us - none(tokens), 0.0) for tokens, us in prefill.items()}
+    stairs = bool(facts["stairs"])
+    data = {
+        "linear": steps_of(linear, stairs),
+        "prefill_linear": steps_of(after, stairs),
+        "decode_attention": decode_attention(by["attention"], by["linear"]),
+        "prefill_attention": prefill_attention(by.get("extend", []), prefill, none, stairs),
+        "mixed_attention": mixed_attention(by.get("mixed", []), steps_of(after, stairs), none),
+        "vision": sorted([row["images"], row["us"]] for row in by["vision"]),
+        "output": [[1, 0.0]],
+        "lora": lora(rows, by, linear, prefill),
+        "switch": switches(by.get("switch", []), facts),
+        **loads(by["load"]),
+        "scatter": {what: scatter_of(found) for what, found in sorted(behind(by).items()) if found},
+    }
+    return rounded(data)
+
+
+def behind(by: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Rows behind each table, for its scatter."""
+    return {
+        "linear": by["linear"], "prefill_linear": by["prefill"], "decode_attention": by["attention"],
+        "prefill_attention": by.get("extend", []), "vision": by["vision"], "switch": by.get("switch", []),
+        "lora": by.get("lora", []), "load": by["load"],
+    }  # fmt: skip
+
+
+def scatter_of(rows: Iterable[Row]) -> list[float]:
+    """The 10th and 90th percentile of repeats over their median; the median over the rows."""
+    return [round(median(row[name] / row["us"] for row in rows if row["us"]), 5) for name in ("p10", "p90")]
+
+
+def steps_of(us: Mapping[int, float], stairs: bool) -> Points:
+    """Points of a table measured at sizes; stairs: each holds back to behind the size before it."""
+    points, before = [], 0
+    for size, value in sorted(us.items()):
+        if stairs and before + 1 < size:
+            points.append([before + 1, value])
+        points.append([size, value])
+        before = size
+    return points
+
+
+def chunk_attention(rows: Mapping[str, Row]) -> tuple[float, float]:
+    """(alpha, beta): a chunk of t tokens without context costs alpha t^2 + beta us, from equal tokens in one or many."""
+    left, right = [], []
+    whole = {row["work"][4]: row["us"] for row in rows.values() if row["what"] == "prefill"}
+    for row in rows.values():
+        chunks = row["work"][3] if row["what"] == "pieces" else []
+        tokens = sum(t for t, _ in chunks)
+        if len(chunks) > 1 and tokens in whole:
+            left.append([sum(t * t for t, _ in chunks) - tokens * tokens, len(chunks) - 1])
+            right.append(row["us"] - whole[tokens])
+    return tuple(non_negative(left, right)) if left else (0.0, 0.0)
+
+
+def non_negative(left: list[list[float]], right: list[float]) -> list[float]:
+    """Least squares with no coefficient below 0: those that would be are left out, one after another."""
+    matrix, wanted = np.array(left, float), np.array(right, float)
+    kept = [i for i in range(matrix.shape[1]) if matrix[:, i].any()]
+    found = np.zeros(matrix.shape[1])
+    while kept:
+        scale = np.abs(matrix[:, kept]).max(axis=0)
+        part = np.linalg.lstsq(matrix[:, kept] / scale, wanted, rcond=None)[0] / scale
+        if (part >= 0).all():
+            found[kept] = part
+            break
+        kept.pop(int(np.argmin(part * scale)))
+    return found.tolist()
+
+
+def decode_attention(rows: list[Row], linear: list[Row]) -> dict[str, Points]:
+    """By batch, over the mean context: what a step takes longer than with hardly any."""
+    near = {row["requests"]: row for row in linear}
+    table: dict[int, Points] = {}
+    for row in rows:
+        base = near.get(row["requests"])
+        if base is not None:
+            points = table.setdefault(row["requests"], [[base["context"], 0.0]])
+            points.append([row["context"], row["us"] - base["us"]])
+    if not table:
+        raise UnfinishedError("no batch has both a step with and one without context; measure --parts linear,attention")
+    return {str(batch): rising(points) for batch, points in sorted(table.items())}
+
+
+def rising(points: Points) -> Points:
+    """Points in order, none below the one before it."""
+    best, found = 0.0, []
+    for x, y in sorted(points):
+        best = max(best, y)
+        found.append([x, best])
+    return found
+
+
+def prefill_attention(rows: list[Row], prefill: Mapping[int, float], none, stairs: bool) -> dict[str, Points]:
+    """By the context before a chunk, over its tokens."""
+    whole = steps_of(prefill, stairs)
+    known: dict[int, dict[int, float]] = {0: {}}
+    for row in rows:
+        (tokens, context), = row["work"][3]
+        known.setdefault(context, {})[tokens] = row["us"] - at(whole, tokens) + none(tokens)
+    sizes = sorted({t for points in known.values() for t in points} | {1, max(prefill)})
+    table = {"0": rising([[t, none(t)] for t in QUADRATIC_AT if t <= max(prefill) or t == 1])}
+    for context in sorted(known.keys() - {0}):
+        points = known[context]
+        first, last = min(points), max(points)
+        filled = dict(points)
+        for tokens in sizes:
+            if tokens > last:
+                filled[tokens] = points[last] * tokens * (context + tokens / 2) / (last * (context + last / 2))
+            elif tokens < first:
+                filled[tokens] = points[first] * tokens / first
+        table[str(context)] = rising([[t, max(us, none(t))] for t, us in filled.items()])
+    return table
+
+
+def at(points: Points, x: float) -> float:
+    """A table's value, linear between its points."""
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys))
+
+
+def mixed_attention(rows: list[Row], linear: Points, none) -> dict[str, Points]:
+    """As `decode_attention`, in steps that have a chunk as well."""
+    table: dict[int, Points] = {}
+    for row in rows:
+        chunks = row["work"][3]
+        tokens = row["requests"] + sum(t for t, _ in chunks)
+        left = row["us"] - at(linear, tokens) - sum(none(t) for t, _ in chunks)
+        table.setdefault(row["requests"], []).append([row["context"], max(left, 0.0)])
+    return {str(batch): rising(points) for batch, points in sorted(table.items())}
+
+
+def lora(rows: Mapping[str, Row], by: Mapping[str, list[Row]], linear: Mapping[int, float],
+         prefill: Mapping[int, float]) -> dict[str, dict]:  # fmt: skip
+    """Operator -> phase -> rank -> adapters -> points: what a step takes longer than the same without its branch."""
+    pieces = {tuple(map(tuple, row["work"][3])): row["us"] for row in by.get("pieces", [])}
+    raw: dict[str, dict] = {}
+    for key, row in rows.items():
+        if row["what"] not in ("lora", "mixture"):
+            continue
+        work = work_of(row["work"])
+        operator, rank = (key.split()[1:3]) if row["what"] == "lora" else ("atmm", key.split()[1])
+        phase = ("mixture_" if row["what"] == "mixture" else "") + ("prefill" if work.prefills else "decode")
+        base = linear.get(work.decodes) if not work.prefills else pieces.get(work.prefills, prefill.get(work.prefill_tokens))
+        if base is None:
+            continue
+        adapters = work.adapters if row["what"] == "lora" else ANY
+        ranks = raw.setdefault(operator, {}).setdefault(phase, {}).setdefault(rank, {})
+        ranks.setdefault(adapters, []).append([work.lora_tokens, max(row["us"] - base, 0.0)])
+    for operator, phases in list(raw.items()):
+        if not {"decode", "prefill"} <= phases.keys():
+            del raw[operator]
+            continue
+        for ranks in phases.values():
+            for rank, by_adapters in ranks.items():
+                ranks[rank] = {str(n): sorted(points) for n, points in sorted(by_adapters.items())}
+        phases["pads"] = operator in PADDED
+    return raw
+
+
+def switches(rows: list[Row], facts: Mapping) -> dict[str, Points]:
+    """What the engine's one-launch switch takes, by rank: in, out and over to another, the mean. Other ways: as measured by
+    themselves (facts["switches"])."""
+    by_rank: dict[int, list[float]] = {}
+    for row in rows:
+        by_rank.setdefault(row["rank"], []).append(row["us"])
+    fused = [[rank, sum(us) / len(us)] for rank, us in sorted(by_rank.items())]
+    return {"fused": fused or [[1, 0.0]], **facts.get("switches", {})}
+
+
+def loads(rows: list[Row]) -> dict:
+    """Bandwidth and latency of a load; by how much it slows steps down."""
+    sizes = sorted((row["bytes"], row["us"]) for row in rows)
+    latency = 0.0
+    (small, short), (large, long) = sizes[0], sizes[-1]
+    if large > small and long > short:
+        latency = max(0.0, short - small * (long - short) / (large - small))
+    speed = large / 1e3 / max(1e-3, long - latency)  # bytes per us are MB/s
+    return {"load_gb_per_s": speed, "load_latency_us": latency, "load_slowdown": median(row["slowdown"] for row in rows)}
+
+
+def work_of(values: list) -> Work:
+    """A Work from a row."""
+    return Work(*values[:3], tuple(map(tuple, values[3])), *values[4:])
+
+
+def rounded(value):
+    """Three decimals of a microsecond are more than a clock tells."""
+    if isinstance(value, float):
+        return round(value, 5 if abs(value) < 10 else 3)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# -- what the host costs, and how good the tables are --------------------------------------------------------------------
+def host(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...], *, hidden: bool) -> dict:
+    """lease_us, decide_us and the hidden part of a step. hidden: the GPU runs while the host prepares the next step."""
+    cost = cost_of(profile, adapters)
+    left, right, decide = [], [], {}
+    for row in rows.values():
+        if row["what"] != "host":
+            continue
+        decide[row["policy"]] = row["decide"]["us"]
+        for lease in row["leases"]:
+            work = work_of(lease["work"])
+            if work.switch_rank:
+                continue
+            gpu = lease["own_us"] if lease["own_us"] and not work.prefills else cost.step_ps(work) / 1e6
+            left.append([1, work.decodes, len(work.prefills), work.images, lease["loads"], lease["idle"]])
+            right.append(lease["lead_us"] - gpu - row["decide"]["us"])
+    found = robust(left, right) if left else [0.0] * 6
+    data = {"lease_us": dict(zip(LEASE_PARTS, found, strict=True)), "decide_us": decide}
+    if hidden:
+        steps = [(row["requests"], row["host_us"]) for row in rows.values() if row["what"] == "linear"]
+        base, request = non_negative([[1, n] for n, _ in steps], [us for _, us in steps])
+        data |= {"host_step_us": base, "host_request_us": request}
+    return rounded(data)
+
+
+def robust(left: list[list[float]], right: list[float]) -> list[float]:
+    """`non_negative` without the leases that something else delayed: further off than six median deviations."""
+    matrix, wanted = np.array(left, float), np.array(right, float)
+    kept = np.ones(len(wanted), bool)
+    found: list[float] = []
+    for _ in range(4):
+        found = non_negative(matrix[kept].tolist(), wanted[kept].tolist())
+        off = np.abs(wanted - matrix @ np.array(found))
+        kept = off <= 6 * max(float(np.median(off)), 1e-3)
+    return found
+
+
+def checked(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...]) -> list[tuple[str, float, float]]:
+    """(key, measured us, predicted us) of the steps that no table holds."""
+    cost = cost_of(profile, adapters)
+    found = []
+    for key, row in rows.items():
+        if row["what"] == "check":
+            work = work_of(row["work"])
+            work = work._replace(context_tokens=round(row["context"] * work.decodes))
+            found.append((key, row["us"], cost.step_ps(work) / 1e6))
+    return found
+
+
+def cost_of(profile: Profile, adapters: tuple[Adapter, ...]) -> Cost:
+    """Costs with the operator that the profile's engine ran all its parts with."""
+    return Cost(profile, "atmm" if "atmm" in profile.lora else "none", "fused", adapters)
+
+
+def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: Path) -> tuple[dict, list]:
+    """(the whole profile as data, the held-out steps). path: what it will be called. Raises UnfinishedError."""
+    names = ("model", "max_context", "image_tokens", "video_images", "kv_bytes_per_token", "adapter_bytes_per_rank",
+             "weights_bytes", "golden_bytes", "device_bytes", "reserve_bytes", "steps_ahead")  # fmt: skip
+    data = {"kind": "measured", "provenance": provenance, **{name: facts[name] for name in names}}
+    data |= tables(rows, facts) | {"host_step_us": 0.0, "host_request_us": 0.0}
+    adapters = tuple(Adapter(f"a{i}", facts["rank"]) for i in range(facts["adapters"]))
+    parse = lambda: parse_profile(path, json.dumps(data).encode())  # noqa: E731
+    try:
+        data |= host(rows, parse(), adapters, hidden=bool(facts["steps_ahead"]))
+        steps = checked(rows, parse(), adapters)
+        if steps:
+            ratios = [measured / predicted for _, measured, predicted in steps]
+            data["scatter"]["model"] = [round(float(x), 5) for x in np.percentile(ratios, (10, 90))]
+        parse()
+    except ProfileError as error:
+        raise UnfinishedError(f"the rows do not make a profile yet: {error}") from None
+    return data, steps

@@ -1,0 +1,88 @@
+"""What the host costs: short real replays of made-up traffic, whose leases tell what passes between them.
+
+A boundary is what the first step of a lease takes longer, from the end of the lease before, than the GPU needs for it. The
+traffic is made up and no trace: prompts, images, arrivals while others decode, quiet seconds. It measures; `profile_fit`
+takes the GPU's part away.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import numpy as np
+
+from engine.build import Engine
+from engine.clock import WallClock
+from engine.profile_parts import Row
+from engine.replay import Driver, EngineConfig, stripped
+from engine.serve import frozen_heap
+from engine.stage import spread
+from policies import Policy, make_policy
+from policies.journal import result
+from policies.plan import Plan
+from policies.recorded import leases
+from policies.view import View
+from traces.request import Adapter, Trace
+
+BUSY, QUIET = 48, 8
+"""Requests while others decode, and one by one with nothing to do between them."""
+
+
+class Watched:
+    """A policy whose decisions are timed."""
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+        self.times_us: list[float] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self._policy, name)
+
+    def decide(self, view: View) -> Plan:
+        """The policy's plan."""
+        began = time.perf_counter_ns()
+        plan = self._policy.decide(view)
+        self.times_us.append((time.perf_counter_ns() - began) / 1e3)
+        return plan
+
+
+def traffic(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...], busy_s: float, quiet_s: float) -> Trace:
+    """BUSY requests over `busy_s` seconds, then QUIET of them `quiet_s` seconds apart."""
+    rng = np.random.default_rng(7)
+    shape, n = engine.runner.model.shape, BUSY + QUIET
+    longest = min(600, config.limits.max_context // 3)
+    prompt = rng.integers(min(16, longest - 1), longest, n)
+    images = np.where((np.arange(n) % 3 == 0) & (shape.image_tokens + 8 <= config.limits.max_context // 2), 1, 0)
+    prompt = np.where(images > 0, np.maximum(shape.image_tokens + 8, 16), prompt)
+    output = rng.integers(4, min(48, config.limits.max_context // 4), n)
+    arrival = np.concatenate([np.sort(rng.uniform(0, busy_s, BUSY)), 2 * busy_s + quiet_s * np.arange(1, QUIET + 1)])
+    arrival[: BUSY // 4] = 0
+    output[BUSY:] = 3
+    adapter = (np.arange(n) % len(adapters)).astype(np.int32)
+    return Trace.build((arrival * 1e9).astype(np.int64), prompt, output, images=images, adapter=adapter, adapters=adapters,
+                       source="made up to time the host")  # fmt: skip
+
+
+def host_scene(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...], name: str, *, seconds: float) -> Row:
+    """Replay the traffic under policy `name`; every lease of it, and the times of its decisions."""
+    policy = make_policy(name)
+    trace = stripped(traffic(engine, config, adapters, seconds / 4, seconds / 4 / QUIET), policy)
+    engine.renew(config, policy)
+    watched, clock = Watched(policy), WallClock(engine.runner)
+    with frozen_heap():
+        Driver(trace, watched, engine.ledger, engine.cost, engine.journal, clock, engine.runner).run()
+    run = result([engine.journal], policy=name, operator=engine.operator, counters={"end_ns": 0}, config={})
+    rows = []
+    for lease in leases(run):
+        if not lease.known:
+            continue
+        own = (lease.end_ns - lease.first_ns) / 1e3 / (lease.steps - 1) if lease.steps > 2 else None
+        work = lease.work
+        rows.append({
+            "lead_us": round((lease.first_ns - lease.free_ns) / 1e3, 3), "own_us": own, "loads": lease.loads,
+            "idle": int(lease.idle), "loading": int(lease.loading), "vision_us": lease.vision_ns / 1e3,
+            "work": [*work[:3], list(map(list, work.prefills)), *work[4:]],
+        })  # fmt: skip
+    return {"what": "host", "policy": name, "decide": spread(watched.times_us), "leases": rows, **spread(watched.times_us),
+            "own_median_us": median([row["own_us"] for row in rows if row["own_us"]] or [0.0])}  # fmt: skip
