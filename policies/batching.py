@@ -36,6 +36,7 @@ class Batch:
         "mode",
         "preempts",
         "prefills",
+        "room",
         "slots",
         "tokens",
         "view",
@@ -55,6 +56,7 @@ class Batch:
         self.preempts: list[int] = []
         self.aborts: list[int] = []
         self.free = view.free_pages
+        self.room = view.adapter_free  # `free` of adapters that lie apart; without a meaning elsewhere
         self._needed: set[int] = {merged} if merged >= 0 else set()  # adapters that this plan counts on
         need = view.next_pages(decodes) if view.queued or len(decodes) > self.free else 0
         while need > self.free and self._give_up_one():
@@ -77,8 +79,9 @@ class Batch:
             yield from (adapter for adapter in idle if adapter in view.unfinished)
 
     def _evict_for(self, pages: int, spare_wanted: bool = False) -> bool:
-        """Evict idle adapters until `pages` are free; nothing if all that may go do not suffice."""
-        victims, free = [], self.free
+        """Evict idle adapters until `pages` are free where adapters lie; nothing if all that may go do not suffice."""
+        apart = self.view.adapters_apart
+        victims, free = [], self.room if apart else self.free
         if free < pages:
             for adapter in self._victims(spare_wanted):
                 victims.append(adapter)
@@ -88,13 +91,16 @@ class Batch:
             if free < pages:
                 return False
             self.evicts += victims
-            self.free = free
+            if apart:
+                self.room = free
+            else:
+                self.free = free
         return True
 
     def _give_up_one(self) -> bool:
         """Evict one idle adapter or, if there is none, preempt the running request that came last. False if neither."""
         view = self.view
-        for adapter in self._victims():
+        for adapter in self._victims() if not view.adapters_apart else ():
             self.evicts.append(adapter)
             self.free += view.adapter_pages(adapter)
             return True
@@ -119,11 +125,14 @@ class Batch:
         if adapter in self.evicts:
             return False
         if not (view.is_resident(adapter) or view.is_loading(adapter) or adapter in self.loads):
-            pages = view.adapter_pages(adapter)
-            if not self._evict_for(pages + self._promise(), spare_wanted):
+            pages, apart = view.adapter_pages(adapter), view.adapters_apart
+            if not self._evict_for(pages if apart else pages + self._promise(), spare_wanted):
                 return False
             self.loads.append(adapter)
-            self.free -= pages
+            if apart:
+                self.room -= pages
+            else:
+                self.free -= pages
         self._needed.add(adapter)  # nobody behind may push it out again
         return True
 
@@ -171,7 +180,7 @@ class Batch:
         view = self.view
         running = self.decodes or self.prefills or view.decoding
         need = pages + self._promise() + (int(RESERVE * view.pool_pages) if running else 0)
-        return self._evict_for(need)
+        return need <= self.free if view.adapters_apart else self._evict_for(need)
 
     def _promise(self) -> int:
         """Pages that prefills under way need beyond this step: neither admissions nor copies may take them."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from policies.ledger import FAILED, Ledger
-from policies.view import PREFILLING, WAITING
+from policies.view import PREFILLING, WAITING, Entry
+from traces.request import Request
 
 
 def call_off(ledger: Ledger, now_ns: int) -> None:
@@ -38,6 +39,12 @@ def fail(ledger: Ledger, request: int, now_ns: int, status: int = FAILED) -> Non
         ledger._unqueue(entry)
     ledger.queued -= 1
     ledger._end(entry, status, now_ns)
+
+
+def refuse(ledger: Ledger, request: Request) -> None:
+    """A request that arrives and asks for what is not there ends before it is queued."""
+    ledger.injected += 1
+    ledger._write(Entry(request), request, FAILED, request.arrival_ns)
 
 
 def shrink(ledger: Ledger) -> bool:

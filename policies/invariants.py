@@ -56,7 +56,7 @@ def snapshot(ledger: Ledger) -> tuple:
         [{adapter: tuple(part) for adapter, part in parts.items()} for parts in (ledger.waiting_by, ledger.decoding_by)],
         (dict(ledger.unfinished), dict(pool.users), dict(ledger.journal.counters)),
         (ledger.mode, ledger.merged, ledger.queued, ledger.injected, cohort.tick, cohort.context),
-        (pool.unused, pool.kv, pool.cached, pool.reclaimable, pool.peak),
+        (pool.unused, pool.kv, pool.cached, pool.reclaimable, pool.peak, pool.room_left, tuple(pool.pinned)),
     )  # fmt: skip
 
 
@@ -93,8 +93,10 @@ def check_idle(ledger: Ledger, plan: Plan) -> None:
     if plan.decodes or plan.prefills or plan.preempts:
         return
     pool = ledger.pool
-    room = pool.free - sum(pool.adapter_pages[adapter] for adapter in plan.loads)
-    room += sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
+    room = pool.free
+    if pool.adapter_room is None:
+        room -= sum(pool.adapter_pages[adapter] for adapter in plan.loads)
+        room += sum(pool.adapter_pages[adapter] for adapter in plan.evicts)
     if any(ledger.next_pages((request,)) <= room for request in ledger.decoding):
         raise InvariantError(f"idle in mode {MODES[plan.mode]} with {len(ledger.decoding)} requests to decode")
     for entry in (*ledger.prefilling.values(), *ledger.preempted.values(), *ledger.waiting.values()):

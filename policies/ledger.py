@@ -112,8 +112,7 @@ class Ledger:
         pool, adapter = self.pool, request.adapter
         self.injected += 1
         total = request.prompt_tokens + request.output_tokens
-        pages = -(-(total - 1) // pool.page_tokens) + (pool.adapter_pages[adapter] if adapter >= 0 else 0)
-        if total > self.limits.max_context or pages > pool.pages:
+        if total > self.limits.max_context or not pool.fits(-(-(total - 1) // pool.page_tokens), adapter):
             self._write(Entry(request), request, UNSERVABLE, -1)
             return False
         if adapter >= 0:

@@ -62,7 +62,7 @@ class DLoraRouter:
         self._counts[adapter] = self._counts.get(adapter, 0.0) + 1.0
         if self._arrivals % PLACE_EVERY == 0:
             pages = replicas[0].pool.adapter_pages
-            room = [max(1, replica.pool.pages // 2) for replica in replicas]
+            room = [max(1, _room(replica)) for replica in replicas]
             sizes = {a: pages[a] if a >= 0 else 0 for a in self._counts}
             self._homes = place(self._counts, sizes, room, self._homes)
             self._counts = {a: count / 2 for a, count in self._counts.items() if count > 0.1}
@@ -79,6 +79,11 @@ class DLoraRouter:
         waiting = [{a: list(queue) for a, queue in replica.waiting_by.items()} for replica in replicas]
         here = [{-1, *replica.pool.resident, *replica.pool.loading} for replica in replicas]
         return comigrate(loads, waiting, here)
+
+
+def _room(replica: Ledger) -> int:
+    """Pages that a replica may give to adapters: half of what they share with keys and values, or all that is theirs."""
+    return replica.pool.pages // 2 if replica.pool.adapter_room is None else replica.pool.adapter_room
 
 
 def place(loads: dict[int, float], pages: dict[int, int], room: Sequence[int],

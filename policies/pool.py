@@ -32,18 +32,22 @@ class Pool:
     """Pages of one GPU. The invariant: free + kv + cached + adapters == pages (`check`).
 
     pages: size of the pool. page_tokens: KV tokens a page. adapter_pages: what each adapter takes. prefix_cache: keep the
-    prefixes of finished requests until their pages are needed.
+    prefixes of finished requests until their pages are needed. adapter_room: pages beside `pages` that hold adapters and
+    nothing else, as in an engine with a memory of its own for them; None: adapters lie among `pages` (S-LoRA).
     """
 
     def __init__(self, pages: int, page_tokens: int, adapters: tuple[Adapter, ...], adapter_pages: tuple[int, ...],
-                 *, prefix_cache: bool = True):
+                 *, prefix_cache: bool = True, adapter_room: int | None = None):
         self.pages = pages
         self.page_tokens = page_tokens
-        self.adapters = adapters
-        self.adapter_pages = adapter_pages
-        ranks = {adapter.rank for adapter in adapters}
-        self.uniform_rank = ranks.pop() if len(ranks) == 1 else 0
+        self.adapters: tuple[Adapter, ...] = ()
+        self.adapter_pages: tuple[int, ...] = ()
+        self.uniform_rank = 0  # of all adapters, 0 where they differ
+        self.extend(adapters, adapter_pages)
         self.prefix_cache = prefix_cache
+        self.adapter_room = adapter_room
+        self.room_left = adapter_room or 0  # of adapter_room
+        self.pinned: dict[int, None] = {}  # adapters that nobody may evict
         self.unused = pages  # held by nobody
         self.kv = 0  # held by running requests alone
         self.cached = 0  # held by nodes
@@ -59,6 +63,27 @@ class Pool:
     def free(self) -> int:
         """Pages that can be had without evicting an adapter or preempting a request."""
         return self.unused + self.reclaimable
+
+    @property
+    def adapter_free(self) -> int:
+        """`free` for adapters: the same pages, or those of their own."""
+        return self.free if self.adapter_room is None else self.room_left
+
+    def extend(self, adapters: tuple[Adapter, ...], adapter_pages: tuple[int, ...]) -> None:
+        """Know more adapters; they get the next numbers."""
+        self.adapters += adapters
+        self.adapter_pages += adapter_pages
+        ranks = {adapter.rank for adapter in self.adapters}
+        self.uniform_rank = ranks.pop() if len(ranks) == 1 else 0
+
+    def fits(self, kv_pages: int, adapter: int) -> bool:
+        """True if so many pages of keys and values and this adapter (-1: none) fit beside the pinned ones, all else gone."""
+        adapters = self.adapter_pages[adapter] if adapter >= 0 and adapter not in self.pinned else 0
+        if self.pinned:
+            adapters += sum(self.adapter_pages[number] for number in self.pinned)
+        if self.adapter_room is None:
+            return kv_pages + adapters <= self.pages
+        return kv_pages <= self.pages and adapters <= self.adapter_room
 
     # -- keys and values ------------------------------------------------------------------------------------------
     def take(self, pages: int) -> None:
@@ -184,8 +209,11 @@ class Pool:
     def start_load(self, adapter: int) -> None:
         """Reserve the pages of an adapter whose copy begins."""
         pages = self.adapter_pages[adapter]
-        self.take(pages)
-        self.kv -= pages
+        if self.adapter_room is None:
+            self.take(pages)
+            self.kv -= pages
+        else:
+            self.room_left -= pages
         self.loading[adapter] = None
 
     def finish_load(self, adapter: int) -> None:
@@ -196,7 +224,10 @@ class Pool:
     def evict(self, adapter: int) -> None:
         """Free the pages of a resident adapter that nobody uses."""
         del self.resident[adapter]
-        self.unused += self.adapter_pages[adapter]
+        if self.adapter_room is None:
+            self.unused += self.adapter_pages[adapter]
+        else:
+            self.room_left += self.adapter_pages[adapter]
 
     def use(self, adapter: int) -> None:
         """A request starts to need `adapter`: it may not be evicted until `release`."""
@@ -217,6 +248,10 @@ class Pool:
         """Every way in which the pages do not add up, as sentences; empty when all is well. O(nodes + adapters)."""
         wrong = []
         held = sum(self.adapter_pages[adapter] for adapter in (*self.resident, *self.loading))
+        if self.adapter_room is not None:
+            if self.room_left + held != self.adapter_room or self.room_left < 0:
+                wrong.append(f"adapter pages: {self.room_left} left + {held} held != {self.adapter_room}")
+            held = 0
         if self.unused + self.kv + self.cached + held != self.pages:
             parts = f"{self.unused} unused + {self.kv} kv + {self.cached} cached + {held} adapters"
             wrong.append(f"pages: {parts} != {self.pages}")

@@ -63,6 +63,8 @@ def _has_room(request: Request, replica: Ledger) -> bool:
     pool = replica.pool
     prompts = sum(-(-entry.prompt_tokens // pool.page_tokens) for entry in (*replica.entries.values(), request))
     adapters = sum(pool.adapter_pages[adapter] for adapter in {*pool.users, request.adapter} if adapter >= 0)
+    if pool.adapter_room is not None:
+        return prompts <= pool.pages and adapters <= pool.adapter_room
     return prompts + adapters <= pool.pages
 
 

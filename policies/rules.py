@@ -43,9 +43,15 @@ def judge(ledger: Ledger, plan: Plan) -> None:
         raise PlanError(f"{tokens} tokens in one step exceed max_batch_tokens {limits.max_batch_tokens}")
     free = pool.unused + pool.reclaimable
     if len(decodes) + pages > free or loads:
-        need = pages + ledger.next_pages(decodes) + sum(pool.adapter_pages[adapter] for adapter in loads)
-        free += sum(pool.adapter_pages[adapter] for adapter in evicts)
+        need = pages + ledger.next_pages(decodes)
         free += sum(ledger.held_pages(ledger.entries[request]) for request in preempts)
+        coming = sum(pool.adapter_pages[adapter] for adapter in loads)
+        going = sum(pool.adapter_pages[adapter] for adapter in evicts)
+        if pool.adapter_room is None:
+            need, free = need + coming, free + going
+        elif coming > pool.room_left + going:
+            room = pool.room_left + going
+            raise PlanError(f"the plan loads {coming} pages of adapters and {room} of theirs are free after its evictions")
         if need > free:
             raise PlanError(f"the plan needs {need} pages and {free} are free after its evictions and preemptions")
 
@@ -107,8 +113,8 @@ def _judge_moves(ledger: Ledger, plan: Plan) -> None:
     for adapter in plan.evicts:
         if adapter not in pool.resident:
             raise PlanError(f"adapter {adapter} cannot be evicted: it is not resident")
-        if adapter in pool.users or adapter == plan.merged:
-            raise PlanError(f"adapter {adapter} cannot be evicted: it is in use")
+        if adapter in pool.users or adapter == plan.merged or adapter in pool.pinned:
+            raise PlanError(f"adapter {adapter} cannot be evicted: it is {'pinned' if adapter in pool.pinned else 'in use'}")
     for adapter in plan.loads:
         if not 0 <= adapter < len(pool.adapters):
             raise PlanError(f"adapter {adapter} does not exist; there are {len(pool.adapters)}")

@@ -89,22 +89,23 @@ class View:
     that wait for (the rest of) their prefill. total: unfinished requests. decoding: ids of all requests that want their
     next token, in the order they finished their prefill. unfinished: adapter -> unfinished requests, for the adapters that
     have any (-1: the base model). free_pages: to be had without evicting an adapter or preempting
-    anybody. memo: what the last plan left. adapters, limits, cost, page_tokens, pool_pages never change.
+    anybody. adapters_apart: adapters lie in pages of their own, of which adapter_free can be had without evicting one; else
+    that is free_pages. memo: what the last plan left. limits, cost, page_tokens, pool_pages never change.
     """
 
     __slots__ = (
-        "_ledger", "_oracle", "adapters", "cost", "decoding", "free_pages", "limits", "memo", "merged", "mode", "now_ns",
-        "page_tokens", "pool_pages", "queued", "total", "unfinished",
+        "_ledger", "_oracle", "adapter_free", "adapters_apart", "cost", "decoding", "free_pages", "limits", "memo", "merged",
+        "mode", "now_ns", "page_tokens", "pool_pages", "queued", "total", "unfinished",
     )  # fmt: skip
 
     def __init__(self, ledger: Ledger, cost: Cost, *, oracle: bool = False):
         self._ledger = ledger
         self._oracle = oracle
-        self.adapters: tuple[Adapter, ...] = ledger.pool.adapters
         self.cost = cost
         self.limits: Limits = ledger.limits
         self.page_tokens: int = ledger.pool.page_tokens
         self.pool_pages: int = ledger.pool.pages
+        self.adapters_apart = ledger.pool.adapter_room is not None
         self.unfinished: dict[int, int] = ledger.unfinished
         self.memo: Any = None
         self.look(0)
@@ -120,6 +121,7 @@ class View:
         self.total = len(ledger.entries)
         self.decoding = ledger.decoding_ids()
         self.free_pages = pool.unused + pool.reclaimable
+        self.adapter_free = pool.room_left if self.adapters_apart else self.free_pages
         return self
 
     # -- requests -----------------------------------------------------------------------------------------------------
@@ -187,6 +189,11 @@ class View:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """All adapters that can be asked for."""
+        return self._ledger.pool.adapters
+
     def next_pages(self, requests: tuple[int, ...]) -> int:
         """Pages that one decode step of these requests takes."""
         return self._ledger.next_pages(requests)
@@ -218,11 +225,11 @@ class View:
 
     @property
     def idle_adapters(self) -> Iterator[int]:
-        """Resident adapters that no running request needs, least recently used first, the folded one last: the weights
-        come back from their pristine copy, so its factors may go as soon as a plan runs without it."""
+        """Resident adapters that no running request needs and that are not pinned, least recently used first, the folded
+        one last: the weights come back from their pristine copy, so its factors may go as soon as a plan runs without it."""
         pool, merged = self._ledger.pool, self._ledger.merged
         for adapter in pool.resident:
-            if adapter not in pool.users and adapter != merged:
+            if adapter not in pool.users and adapter != merged and adapter not in pool.pinned:
                 yield adapter
-        if merged in pool.resident and merged not in pool.users:
+        if merged in pool.resident and merged not in pool.users and merged not in pool.pinned:
             yield merged

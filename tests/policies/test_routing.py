@@ -29,7 +29,7 @@ ADAPTERS = make_adapters(4, (8,))
 def replica(unfinished: int = 0, resident: tuple[int, ...] = (), pages: int = 100, max_batch: int = 8):
     """As much of a ledger as a router looks at."""
     pool = SimpleNamespace(page_tokens=4, pages=pages, resident=dict.fromkeys(resident), loading={},
-                           users={}, adapter_pages=(2, 2, 2, 2))  # fmt: skip
+                           users={}, adapter_pages=(2, 2, 2, 2), adapter_room=None)  # fmt: skip
     entry = SimpleNamespace(prompt_tokens=8)
     return SimpleNamespace(entries=dict.fromkeys(range(unfinished), entry), pool=pool, limits=Limits(max_batch, 100),
                            waiting_by={})  # fmt: skip
