@@ -69,6 +69,8 @@ def generate(args: argparse.Namespace) -> int:
         ids = _formed(args.prompt, len(images), model.shape, tokenizer)
     else:
         ids = _numbers(args.ids, model.shape)
+    if args.head:
+        ids += _queries(Path(args.adapter_dir) / args.adapter / "vision_head.json", ids, model.shape)
     prompt = with_images(ids, images, model.shape)
     tokens, head, stopped = answer(model, prompt, args)
     if head is not None:
@@ -99,7 +101,7 @@ def answer(model: Model, prompt: Prompt, args: argparse.Namespace) -> tuple[list
         adapter=np.array([len(adapters) - 1], np.int32), head=np.array([args.head]), source="the command line",
     )  # fmt: skip
     config = EngineConfig(
-        limits=Limits(1, 2048, total), pages=-(-total // 16) + 256, targets=targets, graphs=False, seed=args.seed
+        limits=Limits(1, 2048, total), pages=-(-total // 16) + 1, targets=targets, graphs=False, seed=args.seed
     )
     found = find_adapters(adapters, model, targets, args.adapter_dir, args.seed)
     if args.head and found.heads == [None]:
@@ -160,6 +162,20 @@ def _formed(text: str, images: int, shape: ModelShape, tokenizer) -> list[int]:
         ids += tokenizer(behind, add_special_tokens=False)["input_ids"]
     question = tokenizer(around.format(text), add_special_tokens=False)["input_ids"]
     return ids + [token for token in question if token != shape.image_token_id]
+
+
+def _queries(path: Path, ids: list[int], shape: ModelShape) -> list[int]:
+    """What a box head reads behind a prompt: `query_ids` of its vision_head.json; nothing where `ids` end with them."""
+    if not path.exists():
+        return []
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        wanted = told["query_ids"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: has no list query_ids ({error!r}); `python -m engine fuse` writes it") from None
+    if not isinstance(wanted, list) or not all(type(i) is int and 0 <= i < shape.vocab for i in wanted):
+        raise AdapterError(f"{path}: query_ids {str(wanted)[:80]} are not token ids in 0..{shape.vocab - 1}")
+    return wanted if ids[-len(wanted) :] != wanted else []
 
 
 def _tokenizer(model: Model):

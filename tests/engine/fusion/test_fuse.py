@@ -185,6 +185,32 @@ def test_the_engine_gives_the_same_answers(world, fused):
                 assert served == [pytest.approx(corners, abs=1e-4) for corners in trained]
 
 
+def test_a_question_alone_suffices_for_boxes(world, fused, capsys):
+    """`engine generate --head` puts the queries of a box head behind the prompt; ids that have them are left as they are."""
+    from engine.__main__ import main
+
+    output, report, _ = fused
+    base, yaml = world
+    bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
+    example = bench.domain("spots").examples["heldout"][1]
+    adapter = report["domains"]["spots"]["adapter"]
+    given = ["generate", "--model", str(base), "--device", "cpu", "--dtype", "float32", "--adapter", adapter,
+             "--adapter-dir", str(output / "adapters"), "--head", "--image", str(example.images[0])]  # fmt: skip
+    assert main([*given, example.question]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["boxes"]) == len(bench.wording.query_ids) == 8
+    ids = [*bench.wording.lead, bench.model.shape.image_token_id, *bench.wording.tail(example.question, queries=True)]
+    assert main([*given, "--ids", ",".join(map(str, ids))]) == 0
+    assert json.loads(capsys.readouterr().out) == said
+    told = output / "adapters" / adapter / "vision_head.json"
+    before = told.read_text()
+    told.write_text(json.dumps(json.loads(before) | {"query_ids": [-1]}))
+    with pytest.raises(SystemExit):
+        main([*given, example.question])
+    assert "query_ids [-1] are not token ids" in capsys.readouterr().err
+    told.write_text(before)
+
+
 def written_head(bench, folder):
     """The head that lies in an adapter's folder, None where there is none."""
     if not (folder / "vision_head.json").exists():
