@@ -15,7 +15,7 @@ import torch
 
 from engine.lora import Lora
 from engine.peft_format import EFFECT, AdapterWeights
-from kernels.batch import RANK_ALIGN, Projection
+from kernels.batch import RANK_ALIGN, LoraError, Projection
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ class Loader:
         Its rows may have been another's. Nobody reads those any more: a plan begins when the steps before it are done, so
         the copy need not wait for anything.
         """
-        host, pool = self.adapters[adapter], self._lora.pool
+        host = self.adapters[adapter]
         assert host is not None, "no request is queued for an adapter that could not be read"
-        rows = pool.reserve(adapter, host.rank, host.scale)
+        rows = self._rows(adapter, host)
         if self._stream is None:
             self._scatter(host.data, host.rank, rows)
             self._under_way.append((adapter, None))
@@ -123,6 +123,20 @@ class Loader:
             event = torch.cuda.Event()
             event.record()
         self._under_way.append((adapter, event))
+
+    def _rows(self, adapter: int, host: HostAdapter) -> slice:
+        """Rows of the pool. Where enough are free but none in one run, the residents move together: behind the copies
+        under way, and before the next."""
+        lora = self._lora
+        try:
+            return lora.pool.reserve(adapter, host.rank, host.scale)
+        except LoraError:
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+            lora.compact()
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            return lora.pool.reserve(adapter, host.rank, host.scale)
 
     def ready(self) -> list[int]:
         """Adapters whose load has finished since the last call, in order. Waits for nothing."""

@@ -37,20 +37,24 @@ class Lora:
     """Adapters of one engine.
 
     operator: of OPERATORS. targets: the projections that adapters may touch. merges: keep a pristine copy of their
-    weights and a switch. max_tokens: rows of the largest step.
+    weights and a switch. max_tokens: rows of the largest step. rows: of the pool, None for all adapters at once. spare:
+    adapters that may come later, of ranks up to the largest there is.
     """
 
     def __init__(self, decoder: Decoder, adapters: tuple[Adapter, ...], operator: str, *, merges: bool, max_tokens: int,
-                 targets: tuple[str, ...] = ATTENTION):
+                 targets: tuple[str, ...] = ATTENTION, rows: int | None = None, spare: int = 0):
         shape, weight = decoder.shape, decoder.head
-        rows = sum(-(-adapter.rank // RANK_ALIGN) * RANK_ALIGN for adapter in adapters)
+        if rows is None:
+            rows = sum(padded_rank(adapter.rank) for adapter in adapters)
+        slots = len(adapters) + spare
         self.operator = operator
         self.targets = targets
         self.pool = LoraPool(
-            projections_of(shape, targets), layers=shape.layers, slots=max(1, len(adapters)), rows=max(RANK_ALIGN, rows),
+            projections_of(shape, targets), layers=shape.layers, slots=max(1, slots), rows=max(RANK_ALIGN, rows),
             dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
-        padded = {-(-adapter.rank // RANK_ALIGN) * RANK_ALIGN for adapter in adapters}
+        self._moved: set[int] = set()  # adapters that lie elsewhere than the switch believes
+        padded = {padded_rank(adapter.rank) for adapter in adapters}
         self._ranks = sorted(padded)
         self.rank = max(padded, default=RANK_ALIGN)
         self.batch = LoraBatch(self.pool, max_tokens)
@@ -59,25 +63,44 @@ class Lora:
         self._mixture_op = self._op if operator in ("none", "atmm", "reference") else _callable(mixture)
         self._keys = [(layer, name) for layer in range(shape.layers) for name in targets]
         self.switch = None
-        if merges and adapters:
+        if merges and slots:
             parts = [part for key in self._keys for part in _slices(decoder, key)]
-            self.switch = WeightSwitch(parts, slots=len(adapters))
+            self.switch = WeightSwitch(parts, slots=slots)
 
     # -- residents --------------------------------------------------------------------------------------------------
+    def compact(self) -> None:
+        """Move every resident to the first run that holds it, from the lowest up: all free rows end in one run behind them.
+        Behind the steps under way, on their stream; no load may write meanwhile."""
+        pool = self.pool
+        for slot in sorted((slot for slot, rank in enumerate(pool.ranks) if rank), key=pool.offsets.__getitem__):
+            before = slice(pool.offsets[slot], pool.offsets[slot] + pool.ranks[slot])
+            rank, scale = pool.true_ranks[slot], pool.scales[slot]
+            pool.release(slot)
+            rows = pool.reserve(slot, rank, scale)
+            if rows == before:
+                continue
+            self._moved.add(slot)
+            for name in pool.projections:
+                a, b = pool.a[name], pool.b[name]
+                a[:, :, rows] = a[:, :, before].clone()  # the two may overlap
+                b[:, rows] = b[:, before].clone()
+
     def installed(self, adapter: int) -> None:
         """The factors of `adapter` lie in the pool: make the switch know them."""
+        self._moved.discard(adapter)
         if self.switch is not None:
             self.switch.register(adapter, pool_factors(self.pool, adapter, self._keys))
 
     def evict(self, adapter: int) -> None:
         """Give the rows of `adapter` back."""
+        self._moved.discard(adapter)
         self.pool.release(adapter)
 
     def evict_all(self) -> None:
         """Fold nothing in, hold nothing."""
         self.fold(NO_SLOT)
         for adapter in [slot for slot, rank in enumerate(self.pool.ranks) if rank]:
-            self.pool.release(adapter)
+            self.evict(adapter)
 
     @property
     def folded(self) -> int:
@@ -87,6 +110,8 @@ class Lora:
     def fold(self, adapter: int) -> None:
         """Make the weights those of `adapter` (-1: the plain ones); nothing if they are."""
         if self.switch is not None:
+            if adapter in self._moved and adapter != self.switch.merged:
+                self.installed(adapter)
             self.switch.to(adapter)
 
     # -- a step -----------------------------------------------------------------------------------------------------
@@ -114,7 +139,7 @@ class Lora:
     def warm(self, *, mixture: bool) -> None:
         """Run operators and switch once in the shapes that may come, on rows of zeros, so that none is compiled while the
         clock runs. No adapter may be resident."""
-        for rank in self._ranks:
+        for rank in (rank for rank in self._ranks if rank <= self.pool.rows):
             self._warm_switch(rank)
             if self._op is not None and self._op is not _reference:
                 self._warm_operators(rank, mixture=mixture)
@@ -172,6 +197,11 @@ class Lora:
             from kernels.baselines.inputs import refresh
 
             refresh(batch)
+
+
+def padded_rank(rank: int) -> int:
+    """Rows that an adapter takes in the pool."""
+    return -(-rank // RANK_ALIGN) * RANK_ALIGN
 
 
 def _slices(decoder: Decoder, key: tuple[int, str]) -> list[torch.Tensor]:

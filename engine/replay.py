@@ -7,6 +7,7 @@ which there is no memory is called off and the batch shrinks. It knows no comman
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from engine.arrivals import Arrivals, ByTrace
 from engine.clock import FOREVER_PS, PS_PER_NS, Clock
 from engine.prompts import Prompt, RequestError
 from engine.runner import Runner
@@ -36,8 +38,10 @@ MOST_TURNS = 1_000_000
 class EngineConfig:
     """What a replay depends on beside trace, policy and model.
 
-    pages: KV pages of the pool, None: what the memory holds, times memory_share. operator: None for the policy's own.
-    targets: projections that adapters may touch. graphs: CUDA graphs for decode steps.
+    pages: KV pages of the pool, None: what the memory holds, times memory_share. adapter_bytes: memory of the adapters,
+    None: what all of them need, up to a share of the memory. spare_adapters: how many may be added at run time. pins: names
+    of adapters that are there from the start and never evicted. operator: None for the policy's own. targets: projections
+    that adapters may touch. graphs: CUDA graphs of the steps. closed_loop: requests in flight, 0: they arrive by the trace.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -46,6 +50,10 @@ class EngineConfig:
     pages: int | None = None
     memory_share: float = 1.0
     prefix_cache: bool = True
+    adapter_bytes: int | None = None
+    spare_adapters: int = 0
+    pins: tuple[str, ...] = ()
+    closed_loop: int = 0
     targets: tuple[str, ...] = ("qkv", "o")
     graphs: bool = True
     seed: int = 0
@@ -56,37 +64,39 @@ class EngineConfig:
 class Driver:
     """One run. runner None: nothing is computed, only decided (under a mocked clock).
 
-    prompts: what requests say, by id; made up for the others. reasons: why requests failed, by id. stop: set it to end
-    the run at the next step boundary.
+    prompts: what requests say, by id; made up for the others. arrivals: where requests come from; by the trace's times if
+    absent. reasons: why requests failed, by id. stop: set it to end the run at the next step boundary. commands: what to
+    call between two leases, soon (`engine.residents`). gone: adapters that were taken out.
     """
 
     def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost | None, journal: Journal, clock: Clock,
                  runner: Runner | None = None, *, prompts: dict[int, Prompt] | None = None, check_invariants: bool = False,
-                 progress: Callable[[int, int], None] | None = None):
+                 progress: Callable[[int, int], None] | None = None, arrivals: Arrivals | None = None):
         self.policy, self.ledger, self.cost, self.journal, self.clock = policy, ledger, cost, journal, clock
         self.runner = runner
         self.reasons: dict[int, str] = {}
         self.stop = False
+        self.commands: deque[Callable[[], None]] = deque()
+        self.gone: set[int] = set()
         self.last_ps = 0  # when the last step ended
+        self.last_arrival_ns = 0  # by the trace
         self.arrived = 0
         self._turns = 0  # decisions in a row that computed nothing
         self._prompts = prompts or {}
         self._check = check_invariants
         self._progress = progress
-        self._requests = trace.requests()
-        self._next = next(self._requests, None)
+        self._arrivals = arrivals or ByTrace(trace)
 
     # -- what reaches it from outside -----------------------------------------------------------------------------------
-    def _next_arrival_ps(self) -> int:
-        return FOREVER_PS if self._next is None else self._next.arrival_ns * PS_PER_NS
-
-    def _receive(self) -> None:
-        """Requests and adapters that have come by now."""
+    def _receive(self, *, between: bool = True) -> None:
+        """Requests and adapters that have come by now. between: no lease is under way."""
         now_ps = self.clock.now_ps()
-        while self._next_arrival_ps() <= now_ps:
-            request, self._next = self._next, next(self._requests, None)
-            self.arrived += 1
-            self._arrive(request, now_ps // PS_PER_NS)
+        if between or self._arrivals.by_time:
+            while (request := self._arrivals.take(now_ps, len(self.ledger.entries))) is not None:
+                self.arrived += 1
+                if self._arrivals.by_time:
+                    self.last_arrival_ns = request.arrival_ns
+                self._arrive(request, now_ps // PS_PER_NS)
         for adapter in self.clock.loaded():
             self.ledger.loaded(adapter)
             if self.runner is not None:
@@ -94,6 +104,11 @@ class Driver:
 
     def _arrive(self, request: Request, now_ns: int) -> None:
         reason = None
+        if request.adapter >= len(self.ledger.pool.adapters) or request.adapter in self.gone:
+            why = "was taken out" if request.adapter in self.gone else "does not exist"
+            self.reasons[request.id] = f"its adapter {why}"
+            faults.refuse(self.ledger, request)
+            return
         if self.runner is not None:
             try:
                 self.runner.admit(request, self._prompts.get(request.id))
@@ -105,6 +120,10 @@ class Driver:
         elif reason is not None:
             self._fail(request.id, reason, now_ns)
 
+    def fail(self, request: int, reason: str) -> None:
+        """End one unfinished request, between two leases."""
+        self._fail(request, reason, self.clock.now_ps() // PS_PER_NS)
+
     def _fail(self, request: int, reason: str, now_ns: int) -> None:
         self.reasons[request] = reason
         faults.fail(self.ledger, request, now_ns)
@@ -115,11 +134,13 @@ class Driver:
     def run(self) -> None:
         """Until every request has ended, or `stop`. Raises PlanError or InvariantError if the policy or engine is wrong."""
         while not self.stop:
+            while self.commands:
+                self.commands.popleft()()
             self._receive()
             if not self.ledger.has_work():
-                if self._next is None:
-                    return
-                self.clock.sleep(self._next_arrival_ps())
+                if self._arrivals.done:
+                    break
+                self.clock.sleep(self._arrivals.next_ps())
                 continue
             start_ps = self.clock.now_ps()
             plan = self.policy.decide(self.ledger.view(start_ps // PS_PER_NS))
@@ -158,7 +179,7 @@ class Driver:
         if not (plan.preempts or plan.aborts or plan.evicts):
             self._refuse_deadlock(plan)
             until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-            self.clock.sleep(min(until_ps, self._next_arrival_ps()))
+            self.clock.sleep(min(until_ps, self._arrivals.next_ps()))
 
     def _bytes_of(self, adapter: int) -> int:
         if self.runner is not None:
@@ -170,7 +191,7 @@ class Driver:
         ledger, runner, clock = self.ledger, self.runner, self.clock
         most = 1 if plan.prefills else ledger.lease_steps()
         until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-        until_ps = min(until_ps, self._next_arrival_ps())
+        until_ps = min(until_ps, self._arrivals.next_ps())
         ends: list[int] = []
         launched, enqueued_ps, halt, loading = 0, start_ps, False, clock.loading()
         while True:
@@ -182,8 +203,8 @@ class Driver:
             if len(ends) == launched:
                 break
             ends.append(clock.finish_step(work, len(ends)))
-            halt = halt or self.stop or clock.interrupted(until_ps)
-        self._receive()  # before the commit, since it came before the steps' end: the order of last use depends on it
+            halt = halt or self.stop or bool(self.commands) or clock.interrupted(until_ps)
+        self._receive(between=False)  # before the commit, since it came before the end: the order of last use depends on it
         ledger.commit(launched, ends[0] // PS_PER_NS, ends[-1] // PS_PER_NS)
         self.last_ps = ends[-1]
         if runner is not None:
@@ -237,7 +258,7 @@ class Driver:
                     self._fail(request, "no memory even for the smallest step", self.clock.now_ps() // PS_PER_NS)
 
     def _refuse_deadlock(self, plan: Plan) -> None:
-        if not self.clock.loading() and plan.until_ns is None and self._next is None:
+        if not self.clock.loading() and plan.until_ns is None and self._arrivals.done:
             raise InvariantError(
                 f"policy {self.policy.name} stands still with {len(self.ledger.entries)} unfinished requests, no copy under "
                 f"way and no arrival to come"
@@ -248,9 +269,11 @@ def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_by
     """What a run left behind, in the simulator's form. After an interruption only the requests that had arrived count."""
     pool = driver.ledger.pool
     counters = {
-        "gpus": 1, "end_ns": max([driver.last_ps // PS_PER_NS, *trace.arrival_ns[: driver.arrived][-1:].tolist()]),
+        "gpus": 1, "end_ns": max(driver.last_ps // PS_PER_NS, driver.last_arrival_ns),
         "peak_pages": pool.peak, "pool_pages": pool.pages, "page_bytes": page_bytes,
     }  # fmt: skip
+    if pool.adapter_room is not None:
+        counters["adapter_room_pages"] = pool.adapter_room
     notes = list(config["notes"])
     if driver.arrived < len(trace):
         notes.append(f"interrupted: {driver.arrived} of {len(trace)} requests had arrived")

@@ -64,6 +64,11 @@ class Pool:
         """Pages that can be had without evicting an adapter or preempting a request."""
         return self.unused + self.reclaimable
 
+    def emptied(self) -> Pool:
+        """A pool of the same size and the same adapters in which nothing lies and nothing is pinned."""
+        return Pool(self.pages, self.page_tokens, self.adapters, self.adapter_pages, prefix_cache=self.prefix_cache,
+                    adapter_room=self.adapter_room)  # fmt: skip
+
     @property
     def adapter_free(self) -> int:
         """`free` for adapters: the same pages, or those of their own."""

@@ -93,10 +93,10 @@ def extend(ledger: Ledger, adapter: Adapter, pages: int) -> int:
     return len(ledger.pool.adapters) - 1
 
 
-def numbers_of(names: str | None, adapters: tuple[Adapter, ...]) -> tuple[int, ...]:
+def numbers_of(names: tuple[str, ...], adapters: tuple[Adapter, ...]) -> tuple[int, ...]:
     """The adapters of --pin NAME[,NAME...], by number. ResidencyError for a name that is not there."""
     known = {adapter.name: number for number, adapter in enumerate(adapters)}
-    wanted = list(dict.fromkeys(name.strip() for name in (names or "").split(",") if name.strip()))
+    wanted = dict.fromkeys(names)
     for name in wanted:
         if name not in known:
             there = ", ".join(list(known)[:8]) + (" ..." if len(known) > 8 else "")

@@ -74,6 +74,11 @@ def ranks(text: str) -> tuple[int, ...]:
     return tuple(count(part) for part in text.split(","))
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
 def _columns(text: str) -> dict[str, str]:
     columns = {}
     for pair in text.split(","):

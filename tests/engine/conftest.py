@@ -76,7 +76,8 @@ def world(model):
     `.logits()` the logits of every one of them (tokens of random weights forgive much)."""
 
     def make(name, trace, policy="slora", *, pages=200, limits=(4, 32, 256), root=None, prompts=None, operator=None,
-             seed=0, prefix_cache=True, targets=("qkv", "o"), options=None):  # fmt: skip
+             seed=0, prefix_cache=True, targets=("qkv", "o"), options=None, adapters=None, arrivals=None,
+             **config):  # fmt: skip
         from engine.build import build, find_adapters
         from engine.clock import MockedClock
         from engine.replay import Driver, EngineConfig, stripped
@@ -87,14 +88,17 @@ def world(model):
         policy = make_policy(policy, options)
         trace = stripped(trace, policy)
         config = EngineConfig(
-            limits=Limits(*limits), pages=pages, operator=operator, prefix_cache=prefix_cache, targets=targets, seed=seed
+            limits=Limits(*limits), pages=pages, operator=operator, prefix_cache=prefix_cache, targets=targets, seed=seed,
+            **config,
         )
-        found = find_adapters(trace.adapters, built, targets, root, seed)
-        engine = build(built, decoder, trace.adapters, found, policy, made_up_profile(), config)
+        known = trace.adapters[:adapters]
+        found = find_adapters(known, built, targets, root, seed)
+        engine = build(built, decoder, known, found, policy, made_up_profile(), config)
+        engine.hold(config.pins)
         clock = MockedClock(engine.cost, engine.runner)
         driver = Driver(
             trace, policy, engine.ledger, engine.cost, engine.journal, clock, engine.runner, prompts=prompts,
-            check_invariants=True,
+            check_invariants=True, arrivals=arrivals,
         )  # fmt: skip
 
         def run():

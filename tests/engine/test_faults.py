@@ -50,7 +50,7 @@ def test_preemption_gives_the_same_tokens(world, trace, policy, prefix_cache):
     prefix = tuple(((i % 3, 20),) if not requests.images[i] else () for i in range(8))
     requests = requests.with_(prefix=prefix, prompt_tokens=requests.prompt_tokens + 20)
     roomy = world("tiny-llava", requests, policy, prefix_cache=prefix_cache)
-    tight = world("tiny-llava", requests, policy, pages=16, prefix_cache=prefix_cache)
+    tight = world("tiny-llava", requests, policy, pages=14, prefix_cache=prefix_cache)
     assert_same(tight.logits(), roomy.logits())
     assert tight.ledger.journal.counters["preemptions"] > 0
     assert roomy.ledger.journal.counters["preemptions"] == 0

@@ -188,7 +188,8 @@ def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace):
     asked[30:] = asked[:30]  # everybody comes twice
     requests = dataclasses.replace(trace(60, images=0, output=3, span_ns=60_000_000), adapters=adapters, adapter=asked)
     expected = world("tiny-llava", requests, pages=4000).logits()
-    w = world("tiny-llava", requests, pages=60)
+    per_rank = 2 * 4 * (3 * 64 + 192 + 128)
+    w = world("tiny-llava", requests, pages=60, adapter_bytes=160 * per_rank)
     for request, rows in w.logits().items():
         torch.testing.assert_close(rows, expected[request], rtol=0, atol=2e-5)
     assert w.ledger.journal.counters["adapter_evictions"] > 10

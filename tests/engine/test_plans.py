@@ -26,7 +26,7 @@ def recording(policy):
     return recorder, plans
 
 
-def engine_without_model(trace, policy, profile, pages, prefix_cache=True):
+def engine_without_model(trace, policy, profile, pages, prefix_cache=True, adapter_pages=None, adapter_room=None):
     from engine.clock import MockedClock
     from engine.replay import Driver, stripped
     from policies.cost import Cost
@@ -38,8 +38,9 @@ def engine_without_model(trace, policy, profile, pages, prefix_cache=True):
     trace = stripped(trace, policy)
     cost = Cost(profile, policy.operator, policy.switch, trace.adapters, policy.name)
     page_bytes = 16 * profile.kv_bytes_per_token
-    adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
-    pool = Pool(pages, 16, trace.adapters, adapter_pages, prefix_cache=prefix_cache)
+    if adapter_pages is None:
+        adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
+    pool = Pool(pages, 16, trace.adapters, adapter_pages, prefix_cache=prefix_cache, adapter_room=adapter_room)
     journal = Journal()
     ledger = Ledger(pool, Limits(*LIMITS), journal, cost, oracle=policy.oracle)
     return Driver(trace, policy, ledger, cost, journal, MockedClock(cost), check_invariants=True)
@@ -106,8 +107,9 @@ def test_computing_the_steps_changes_no_plan(world, trace, model, name):
     w.driver.policy, with_model = recording(w.policy)
     w.run()
     ours, without = recording(w.policy)
-    engine_pages = w.ledger.pool.adapter_pages
-    driver = engine_without_model(requests, ours, w.engine.cost.profile, 200)
-    driver.ledger.pool.adapter_pages = engine_pages
+    driver = engine_without_model(
+        requests, ours, w.engine.cost.profile, 200, adapter_room=w.ledger.pool.adapter_room,
+        adapter_pages=w.ledger.pool.adapter_pages,
+    )  # fmt: skip
     driver.run()
     assert with_model == without
