@@ -18,9 +18,9 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from kernels import branch, stream
-from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
+from kernels.batch import LONG, Key, LoraBatch, LoraError, LoraPool, Projection
 from kernels.launch import Launch, argument
-from kernels.tiles import LONG, Shape, Tiling, default, lookup
+from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
 TYPES = dict.fromkeys(("route", "perm", "counts"), torch.int32)

@@ -27,10 +27,14 @@ MAX_RANK = 256
 MAX_SLOTS = 1023
 TILE_ROWS = (16, 32, 64, 128)
 """Row-tile heights for which a batch keeps a route list."""
+AT_ONCE = 1 << 14
+"""int32 of pageable memory (64 KB) that the driver stages at once; for more it would wait until the stream gets there."""
 STAGES = 4
-"""Pinned buffers of a batch, so that the host may be some steps ahead of the GPU."""
+"""Pinned buffers of a larger batch, so that the host may be some steps ahead of the GPU."""
+LONG = 512
+"""Rows from which steps of equal and of unequal shares are told apart."""
 UNEVEN = 1.5
-"""A step is uneven where one adapter has more than this many times the mean of the adapters' rows."""
+"""A LONG step is uneven where one adapter has more than this many times the mean of the adapters' rows."""
 ROUTE_FIELDS = 8
 """int32 per tile: start in `perm`, rows (0: no tile), row offset, padded rank, bits of the scale; these three for m."""
 
@@ -205,9 +209,9 @@ class LoraBatch:
         self._step = torch.full((2 + max_tokens,), -1, dtype=torch.int32, device=device)
         self._step[0] = 0
         self.state, self.index = self._step[:2], self._step[2:]
-        pinned = device.type == "cuda"
-        self._staged = torch.empty(STAGES, 2 + max_tokens, dtype=torch.int32, pin_memory=pinned)
-        self._arrived = [torch.cuda.Event() if pinned else None for _ in range(STAGES)]
+        pinned = device.type == "cuda" and 2 + max_tokens > AT_ONCE
+        self._staged = torch.empty(STAGES if pinned else 0, 2 + max_tokens, dtype=torch.int32, pin_memory=pinned)
+        self._arrived = [torch.cuda.Event() for _ in self._staged]
         self._turn = 0
         self.fence = torch.zeros(1, dtype=torch.int32, device=device)
         self.perm = torch.zeros(max_tokens, dtype=torch.int32, device=device)
@@ -264,7 +268,7 @@ class LoraBatch:
         self.tokens, self.adapters, self.rank = self._fixed or shape
         if not self._fixed:
             self.expected = self.adapters
-            self.uneven = bool(counts.max(initial=0) * self.adapters > UNEVEN * counts.sum())
+            self.uneven = len(index) >= LONG and bool(counts.max() * self.adapters > UNEVEN * counts.sum())
         self.merged, self.host_index = merged, index
         self.__dict__.pop("segments", None)
         self._send(index, merged)
@@ -272,14 +276,17 @@ class LoraBatch:
             self.route()
 
     def _send(self, index: np.ndarray, merged: int) -> None:
-        """Copy a step to the device from the next of a few pinned buffers, once what was last sent from it is there."""
-        self._turn = (self._turn + 1) % len(self._staged)
-        staged, arrived = self._staged[self._turn, : 2 + len(index)], self._arrived[self._turn]
-        if arrived:
+        """Copy a step to the device: at once, or a long one from the next of a few pinned buffers, once that is free."""
+        size, arrived = 2 + len(index), None
+        if size <= AT_ONCE or not self._arrived:
+            staged = torch.from_numpy(np.empty(size, np.int32))
+        else:
+            self._turn = (self._turn + 1) % STAGES
+            staged, arrived = self._staged[self._turn, :size], self._arrived[self._turn]
             arrived.synchronize()
         host = staged.numpy()
         host[:2], host[2:] = (len(index), merged), index
-        self._step[: len(staged)].copy_(staged, non_blocking=True)
+        self._step[:size].copy_(staged, non_blocking=True)
         if arrived:
             arrived.record()
 
@@ -290,7 +297,7 @@ class LoraBatch:
         if not -1 <= merged < self.pool.slots:
             raise LoraError(f"merged slot {merged} is outside -1..{self.pool.slots - 1}")
         try:
-            counts = _counts(index + 1, self.pool.slots + 1)
+            counts = np.bincount(index + 1, minlength=self.pool.slots + 1)
         except ValueError:  # one pass says whether any is negative
             counts = ()
         if len(counts) != self.pool.slots + 1:
@@ -327,12 +334,3 @@ class LoraBatch:
         slots, starts = np.unique(self.host_index[order], return_index=True)
         parts = np.split(order, starts[1:])
         return [(int(slot), rows) for slot, rows in zip(slots, parts, strict=True) if slot >= 0]
-
-
-def _counts(values: np.ndarray, bins: int) -> np.ndarray:
-    """np.bincount(values, minlength=bins), several times faster where equal values lie side by side, as in a prefill."""
-    edges = values[1:] != values[:-1]
-    if len(values) < 1024 or 8 * np.count_nonzero(edges) > len(values):
-        return np.bincount(values, minlength=bins)
-    starts = np.concatenate([[0], np.flatnonzero(edges) + 1])
-    return np.bincount(values[starts], weights=np.diff(starts, append=len(values)), minlength=bins).astype(np.int64)

@@ -26,18 +26,17 @@ from triton.runtime.errors import OutOfResources
 from kernels import results
 from kernels.atmm import atmm, resolve
 from kernels.baselines import OPERATORS, operator
-from kernels.batch import LoraBatch
+from kernels.batch import LONG, LoraBatch
 from kernels.precompile import compile_all, in_parallel
 from kernels.results import Row
-from kernels.tiles import LONG, Shape, Tiling, lookup
+from kernels.tiles import Shape, Tiling, lookup
 from kernels.timing import Point, World
-from kernels.tune import AS_THEY_OCCUR
 
 H = 4096
 QKV = (H, H, H)
 RANKS = (16, 32, 64, 128)
 PAPER_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-FAR = 20
+FAR = 100
 """Times the floor from which a call is not measured behind a linear too."""
 STATIC = 3
 """Tilings of the table, most often chosen first, that compete to be the one static tiling of a phase."""
@@ -92,7 +91,7 @@ def rows_at(point: Point, ops: dict[str, Callable], **where) -> Iterator[Row]:
     for name, op in ops.items():
         try:
             error, us = world.error(op), world.graph_us(op)
-            behind_us = world.behind_us(op) if point.tokens <= AS_THEY_OCCUR and us < FAR * point.floor_us else 0.0
+            behind_us = world.behind_us(op) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
         except (torch.OutOfMemoryError, OutOfResources) as reason:
             print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
             continue
@@ -182,15 +181,14 @@ def extras() -> dict[str, str]:
                 f"{graph_us:.2f} us back to back, {us:.2f} us behind a linear, host {host_us:.1f} us a call"
             )
     for tokens in (32, 256, 4096, 16384):
-        index = np.random.default_rng(0).integers(0, world.pool.slots, tokens)
-        for order, rows in (("at random", index), ("adapter by adapter", np.sort(index))):
-            host_us, device_us = metadata_us(world.pool, rows)
-            lines[f"metadata of {tokens} tokens {order}"] = f"host {host_us:.1f} us, device {device_us:.1f} us"
+        index = np.random.default_rng(0).integers(0, world.pool.slots, tokens, dtype=np.int32)
+        host_us, device_us = metadata_us(world.pool, index)
+        lines[f"metadata of {tokens} tokens"] = f"host {host_us:.1f} us, device {device_us:.1f} us"
     return lines
 
 
 def metadata_us(pool, index: np.ndarray, times: int = 20) -> tuple[float, float]:
-    """(host, device) microseconds to build one step's batch from each row's adapter."""
+    """(host, device) microseconds to build one step's batch from each row's adapter, int32."""
     batch = LoraBatch(pool, len(index))
     spans = []
     for _ in range(times):

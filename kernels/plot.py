@@ -32,7 +32,7 @@ def draw(source: Path, out: Path, peers: Path = results.PEERS) -> None:
         best: dict[tuple, results.Row] = {}
         for row in filter(_shown, results.read(peers)):
             key = (row.rank, row.adapters, row.tokens)
-            best[key] = min(best.get(key, row), row, key=lambda r: r.us)
+            best[key] = min(best.get(key, row), row, key=lambda r: r.cost_us)
         rows += [replace(row, operator="best peer") for row in best.values()]
     ranks = sorted({row.rank for row in rows})
     figure, panels = pyplot.subplots(1, len(ranks), figsize=(3.2 * len(ranks), 3.4), sharey=True, squeeze=False)
@@ -44,7 +44,7 @@ def draw(source: Path, out: Path, peers: Path = results.PEERS) -> None:
             mine = [r for r in rows if r.operator == name and r.rank == rank]
             counts = Counter(r.tokens for r in mine)
             tokens = sorted(t for t in counts if counts[t] > 1 or t == 1)  # one adapter alone is no mean over adapters
-            over = [geomean([r.us / r.floor_us for r in mine if r.tokens == t]) for t in tokens]
+            over = [geomean([r.cost_us / r.floor_us for r in mine if r.tokens == t]) for t in tokens]
             style = {"linewidth": 2.4, "color": "black"} if name == OURS else {"linewidth": 1, "color": colours[name]}
             panel.plot(tokens, over, marker=".", label=name, linestyle="--" if name == STATIC else "-", **style)
         panel.set(title=f"rank {rank}", xlabel="tokens", xscale="log", yscale="log")

@@ -14,12 +14,10 @@ from functools import cache
 from math import log2
 from pathlib import Path
 
-from kernels.batch import TILE_ROWS, LoraError
+from kernels.batch import LONG, TILE_ROWS, LoraError
 from kernels.target import device_name
 
 FORMS = ("two", "one", "stream")
-LONG = 512
-"""Tokens from which equal and unequal shares are tuned apart."""
 FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -88,6 +86,7 @@ class Shape:
             + abs(log2(mine / theirs))
             + 2 * abs(len(self.widths) - len(other.widths))
             + abs(self.uneven - other.uneven)
+            + 16 * ((self.tokens < LONG) != (other.tokens < LONG))  # tuned for other circumstances, see kernels.tune
         )
 
 

@@ -26,19 +26,17 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from kernels.atmm import atmm, resolve
-from kernels.batch import LoraBatch
+from kernels.batch import LONG, LoraBatch
 from kernels.launch import Launch
 from kernels.precompile import compile_all
 from kernels.target import device_name
-from kernels.tiles import FOLDER, FORMS, LONG, Shape, Tiling, as_entry, entry_shape, load
+from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load
 from kernels.timing import Point, World
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
 FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
 COARSE = (8, 64, 512, 4096)
-AS_THEY_OCCUR = 256
-"""Tokens up to which a candidate is timed behind a linear."""
 NEAR = 1.05
 """Of candidates within this factor of the best behind a linear, the best back to back is taken."""
 FAR = 1.2
@@ -201,7 +199,7 @@ class Search:
 
     def _us(self, world: World, op: Callable) -> float:
         """Behind a linear where calls are short; back to back where a launch is no part of the matter."""
-        if self.shape.tokens <= AS_THEY_OCCUR:
+        if self.shape.tokens < LONG:
             return max(0.1, world.behind_us(op, replays=3, calls=32))
         return world.graph_us(op, replays=3, target_us=400)
 
@@ -212,7 +210,7 @@ class Search:
             print(f"wrong: {self.shape} {self.best}: error {error:.1e}", file=sys.stderr)
             self.timed[self.best] = inf
         chosen = self.best
-        if self.shape.tokens <= AS_THEY_OCCUR:
+        if self.shape.tokens < LONG:
             near = [t for t, us in sorted(self.timed.items(), key=lambda at: at[1]) if us < NEAR * self.timed[chosen]]
             chosen = min(near[:8], key=lambda tiling: world.graph_us(partial(atmm, tiling=tiling)))
         return as_entry(self.shape, chosen, world.graph_us(partial(atmm, tiling=chosen)))
@@ -257,8 +255,8 @@ def _write(path: Path, entries: list[dict]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "command": "python -m kernels tune",
-        "what": f"fastest tiling per shape: up to {AS_THEY_OCCUR} tokens behind a linear, then back to back; under {LONG} "
-        "tokens by the product of its times with equal shares and with 60 % on one adapter; us: one call back to back, "
+        "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, then back to back; the former "
+        "by the product of its times with equal shares and with 60 % on one adapter; us: one call back to back, "
         "CUDA-graph replay, weights cold in L2",
     }
     rows = ",\n".join(json.dumps(entry) for entry in entries)

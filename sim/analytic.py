@@ -41,9 +41,11 @@ SHARED_TOKENS = 256
 """A call of so many rows is the same work in either phase, so prefill curves begin with the decode measurement."""
 PADDED = ("vllm", "dlora", "grouped")
 """Operators that compute every adapter of a batch at its largest rank."""
-FUSES_QKV = ("atmm", "sglang")
+FUSES_QKV = ("atmm", "atmm-static", "sglang")
 """Operators whose one call for q, k and v beats three; the others take one call a projection."""
-OURS = ("atmm", "punica", "slora", "dlora", "vllm", "grouped", "loop")
+FUSES_LIKE = {"atmm-static": "atmm"}
+"""Operators without fused measurements of their own."""
+OURS = ("atmm", "atmm-static", "punica", "slora", "dlora", "vllm", "grouped", "loop")
 RELEASED = {
     "punica_bgmv": "punica", "punica_sgmv": "punica", "slora": "slora", "slora_triton": "slora", "vllm": "vllm",
     "dlora_einsum": "dlora", "torch_gather_bmm": "dlora", "torch_grouped_mm": "grouped", "torch_loop": "loop",
@@ -145,7 +147,8 @@ def operator_tables(shape: Shape) -> dict[str, dict]:
             continue
         qkv_us = 3 * us
         if operator in FUSES_QKV:
-            qkv_us = calls.get((operator, phase, 3, rank, adapters, tokens)) or qkv_us * _fusing_gain(calls, operator, phase)
+            fused_us = calls.get((operator, phase, 3, rank, adapters, tokens))
+            qkv_us = fused_us or qkv_us * _fusing_gain(calls, FUSES_LIKE.get(operator, operator), phase)
         forward_us = shape.layers * (qkv_us * qkv + us * square)
         curves.setdefault((operator, phase, rank, adapters), {})[tokens] = forward_us
         if phase == "decode" and tokens == SHARED_TOKENS:
@@ -162,7 +165,8 @@ def operator_tables(shape: Shape) -> dict[str, dict]:
 
 
 def _calls() -> dict[tuple, float]:
-    """(operator, phase, slices, rank, adapters, tokens) -> us of one call, uniform segments of WIDTH columns.
+    """(operator, phase, slices, rank, adapters, tokens) -> us of one call, uniform segments of WIDTH columns; behind a
+    linear, as calls occur, where that was measured.
 
     The rivals' decode calls are those of this project's implementations, measured beside ATMM in one run. Of their prefill
     only a few points were measured so; there the faster of ours and of the released operator counts, point by point.
@@ -179,7 +183,7 @@ def _calls() -> dict[tuple, float]:
                 key = (operator, row["phase"], slices, int(row["rank"]), int(row["adapters"]), tokens)
                 ours = path == PEERS and row["phase"] == "decode" and operator in OURS
                 if not ours:
-                    calls[key] = min(calls.get(key, math.inf), float(row["us"]))
+                    calls[key] = min(calls.get(key, math.inf), float(row["behind_us"]) or float(row["us"]))
     return calls
 
 

@@ -75,7 +75,7 @@ def test_the_verdict_counts_wins_losses_and_wrong_rows():
     said = verdict.lines(rows, [replace(OURS, operator="peer", us=6.0)])
     for line in (
         "7 rows at 3 points; 1 wrong by 1e-2 or more",
-        "decode, 1 slices: 3.16x the floor over 2 points (goal 4.5)",
+        "decode, 1 slices: 3.16x the floor back to back over 2 points (goal 4.5)",
         "decode, 1 slices, uniform: no slower than a rival measured here at 1 of 2 points, 1.00x the fastest's speed",
         "  lost: 16 tokens, 8 adapters, rank 64: 10.00 us, rival 5.00",
         "decode, 1 slices, uniform: no slower than a peer's own operator (peers file) at 1 of 1 points, "
@@ -83,7 +83,18 @@ def test_the_verdict_counts_wins_losses_and_wrong_rows():
         "skew60, decode: 1.100x uniform, most 1.10x, 1 points",
         "adaptive tiling, decode, up to 16 rows an adapter, rank from 64: 1.50x the one static tiling (most 1.50) "
         "at 1 points",
-        "8 tokens, 8 adapters, 1 slices, rank 64: 4.00 us (goal 4.0, floor 2.00)",
+        "8 tokens, 8 adapters, 1 slices, rank 64: 4.00 us back to back, 4.00 as it occurs (goal 4.0, floor 2.00)",
+    ):
+        assert line in said, line
+
+
+def test_calls_are_compared_as_they_occur_where_that_was_measured():
+    rows = [replace(OURS, us=8.0, behind_us=4.0), replace(OURS, skew="skew60", us=8.0, behind_us=5.0)]
+    said = verdict.lines([*rows, *(replace(row, operator="rival", us=6.0, behind_us=0.0) for row in rows)], [])
+    for line in (
+        "decode, 1 slices: 2.00x the floor behind a linear over 1 points (goal 4.5)",
+        "decode, 1 slices, uniform: no slower than a rival measured here at 1 of 1 points, 1.50x the fastest's speed",
+        "skew60, decode: 1.250x uniform, most 1.25x, 1 points",
     ):
         assert line in said, line
 
