@@ -44,7 +44,7 @@ PADDED = ("vllm", "dlora", "grouped")
 FUSES_QKV = ("atmm", "atmm-static", "sglang")
 """Operators whose one call for q, k and v beats three; the others take one call a projection."""
 FUSES_LIKE = {"atmm-static": "atmm"}
-"""Operators without fused measurements of their own."""
+"""Operators without fused measurements of their own: theirs are to their single calls as the other's are."""
 OURS = ("atmm", "atmm-static", "punica", "slora", "dlora", "vllm", "grouped", "loop")
 RELEASED = {
     "punica_bgmv": "punica", "punica_sgmv": "punica", "slora": "slora", "slora_triton": "slora", "vllm": "vllm",
@@ -147,8 +147,9 @@ def operator_tables(shape: Shape) -> dict[str, dict]:
             continue
         qkv_us = 3 * us
         if operator in FUSES_QKV:
-            fused_us = calls.get((operator, phase, 3, rank, adapters, tokens))
-            qkv_us = fused_us or qkv_us * _fusing_gain(calls, FUSES_LIKE.get(operator, operator), phase)
+            like = FUSES_LIKE.get(operator, operator)
+            fused_us, single_us = (calls.get((like, phase, n, rank, adapters, tokens), 0.0) for n in (3, 1))
+            qkv_us = us * fused_us / single_us if fused_us and single_us else qkv_us * _fusing_gain(calls, like, phase)
         forward_us = shape.layers * (qkv_us * qkv + us * square)
         curves.setdefault((operator, phase, rank, adapters), {})[tokens] = forward_us
         if phase == "decode" and tokens == SHARED_TOKENS:
