@@ -1,4 +1,5 @@
-"""`python -m analysis compare|figures|report`: results side by side, as figures, and as one page; from files alone.
+"""`python -m analysis compare|figures|report|validate`: results side by side, as figures, and as one page; a simulator held
+against an engine; from files alone.
 
 Tables to stdout, paths of what was written to stderr. Exit codes: 0, 2 (bad input).
 """
@@ -20,9 +21,9 @@ INPUTS = "directories that --output wrote, FILE.jsonl of a sweep, FILE.json of a
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line of all three."""
+    """The command line of all four."""
     parser = SuggestingParser("python -m analysis", description="Compare results, draw them, and write a report.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|figures|report")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="compare|figures|report|validate")
     compare = commands.add_parser("compare", help="print the policies of one or several results side by side")
     compare.add_argument("directories", nargs="+", metavar="DIR", help="a directory that --output wrote")
     compare.add_argument("--per-adapter", action="store_true", help="a table of the adapters of each policy as well")
@@ -36,6 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("inputs", nargs="+", metavar="PATH", help=INPUTS)
     report.add_argument("--output", required=True, metavar="FILE.html", help="the page; replaced where it is there")
     report.add_argument("--title", help="the question it answers (default: made from the inputs)")
+    validate = commands.add_parser("validate", help="hold the simulator against engine replays of the same traces")
+    validate.add_argument("engines", nargs="+", metavar="ENGINE_DIR", help="a directory that engine replay --output wrote")
+    validate.add_argument("--sim", nargs="+", default=[], metavar="DIR",
+                          help="where python -m sim replicate wrote (default: ENGINE_DIR-sim)")  # fmt: skip
+    validate.add_argument("--out", metavar="DIR", help="draw both distributions of every latency there")
     return parser
 
 
@@ -56,6 +62,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
         print(f"wrote {write_report(args.inputs, args.output, args.title)}", file=sys.stderr)
         return
+    if args.command == "validate":
+        validate(args)
+        return
     directories = list(dict.fromkeys(args.directories))
     if args.out and not args.plot:
         parser.error("--out says where --plot draws; add --plot")
@@ -64,6 +73,21 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     print(comparison(directories, args.per_adapter), end="")
     if args.plot:
         say(draw(directories, args.out or Path(directories[0]) / FIGURES, ["policies"]))
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Tables to stdout, one figure a replay into --out. Raises ResultError."""
+    from analysis.validate import pairs, report
+
+    found = pairs(list(dict.fromkeys(args.engines)), args.sim)
+    print(report(found), end="")
+    if args.out:
+        from analysis.validate_figure import draw as draw_pairs
+
+        for place in dict.fromkeys(pair.place for pair in found):
+            group = [pair for pair in found if pair.place == place]
+            name = Path(place).name.replace(".", "_")  # what follows a dot is taken for the kind of file
+            say({place: draw_pairs(group, Path(args.out) / f"validate-{name}")})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -101,7 +101,9 @@ def provenance(runs: Iterable[Mapping]) -> str:
     """Trace, model and profile of summaries' `run`, and whether the profile was measured."""
     facts = []
     for run in runs:
-        kind = {"analytic": "analytic, not measured", "measured": "measured"}.get(run["profile_kind"], "unknown")
+        kinds = {"analytic": "analytic, not measured", "measured": "measured",
+                 "extrapolated": "extrapolated, not measured on this GPU"}  # fmt: skip
+        kind = kinds.get(run["profile_kind"], "unknown")
         trace = Path(run["trace"] or "-").name
         facts.append(f"{trace}, {run['model'] or '-'}, profile {run['profile'] or '-'} ({kind})")
     return "; ".join(dict.fromkeys(facts))

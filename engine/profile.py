@@ -47,7 +47,7 @@ from engine.profile_parts import (
 )
 from engine.replay import EngineConfig
 from engine.rows_file import RowsFile
-from engine.serve import describe_device, find_profile, model_of
+from engine.serve import describe_device, find_profile, frozen_heap, model_of
 from engine.stage import Stage
 from kernels import tiles
 from policies import make_policy
@@ -152,10 +152,11 @@ class Run:
         if stage.runner.graphs is not None and first:
             stage.runner.vision.capture()
         print(f"{operator} rank {rank}: engine ready after {time.monotonic() - began:.1f} s", file=sys.stderr)
-        for job in self._pending(operator, rank, first):
-            if self.late():
-                return
-            self._keep(attempt(job, stage), job)
+        with frozen_heap():
+            for job in self._pending(operator, rank, first):
+                if self.late():
+                    return
+                self._keep(attempt(job, stage), job)
         if first and "host" in self.parts:
             self._hosts(engine, config, adapters)
 
@@ -212,9 +213,9 @@ class Run:
 
     def _hosts(self, engine: Engine, config: EngineConfig, adapters: tuple) -> None:
         seconds = self.args.host_seconds
-        for name in HOSTS:
-            if f"host {name}" not in self.rows and not self.late():
-                row = host_scene(engine, config, adapters, name, seconds=seconds)
+        for number, name in enumerate(HOSTS):
+            if f"host {name}" not in self.rows and not self.late():  # of the others only the decisions are needed
+                row = host_scene(engine, config, adapters, name, seconds=seconds / 3 if number else seconds)
                 self._keep({"key": f"host {name}", **row}, (f"host {name}", None))
 
     def _keep(self, row: dict | None, job: Job) -> None:

@@ -12,7 +12,8 @@ from struct import Struct
 import numpy as np
 
 from policies.plan import Work
-from traces.record import DETAIL_COLUMNS, MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+from traces.details import DETAIL_COLUMNS
+from traces.record import MODES, PLACES, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 CHUNK = 8 << 20
 """Bytes after which rows are condensed."""
@@ -45,7 +46,7 @@ class Journal:
         self._steps = bytearray()
         self._step_chunks: list[np.ndarray] = []
         self._runs = bytearray()
-        self._details = {name: bytearray() for name in DETAIL_COLUMNS}
+        self._details = {name: bytearray() for name in ("leases", "chunks")}
         self._gaps: Counter[int] = Counter()  # gap in us -> how many
 
     def request(self, row: tuple) -> None:
@@ -158,7 +159,8 @@ def result(journals: list[Journal], *, policy: str, operator: str, counters: dic
     keep = any(journal.keep_steps for journal in journals)
     details = {}
     if any(journal._details["leases"] for journal in journals):
-        for name, columns in DETAIL_COLUMNS.items():
+        for name in ("leases", "chunks"):
+            columns = DETAIL_COLUMNS[name]
             rows = [_rows(journal._details[name], len(columns)) for journal in journals]
             details[name] = _columns(rows, columns, ("start_ns", "server"))
     return RunResult(

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import math
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 
 Points = list[tuple[float, float]]
@@ -105,6 +105,40 @@ class Profile:
         if left <= 0:
             raise ProfileError(f"profile {self.name}: the weights leave no memory ({left} bytes)")
         return left
+
+
+def shifted(profile: Profile, side: int) -> Profile:
+    """The profile at one end of its own scatter: side 0 with every table at its 10th percentile, 1 at its 90th.
+
+    The scatter of a table's repeats and that of held-out steps ("model") count as independent: their squares add up.
+    """
+    model = profile.scatter.get("model", (1.0, 1.0))[side] - 1
+
+    def factor(table: str) -> float:
+        repeats = profile.scatter.get(table, (1.0, 1.0))[side] - 1
+        return max(0.05, 1 + (1 if side else -1) * math.hypot(repeats, model))
+
+    def times(points: Points, table: str) -> Points:
+        return [(x, y * factor(table)) for x, y in points]
+
+    def each(table: dict[int, Points], name: str) -> dict[int, Points]:
+        return {key: times(points, name) for key, points in table.items()}
+
+    lora = {
+        operator: {
+            phase: {rank: each(curves, "lora") for rank, curves in ranks.items()} if phase != "pads" else ranks
+            for phase, ranks in phases.items()
+        }
+        for operator, phases in profile.lora.items()
+    }
+    attention = each(profile.decode_attention, "decode_attention")
+    return replace(
+        profile, linear=times(profile.linear, "linear"), decode_attention=attention, lora=lora,
+        prefill_linear=times(profile.prefill_linear, "prefill_linear"), vision=times(profile.vision, "vision"),
+        prefill_attention=each(profile.prefill_attention, "prefill_attention"), output=times(profile.output, "linear"),
+        mixed_attention=each(profile.mixed_attention, "decode_attention"), switch=each(profile.switch, "switch"),
+        load_gb_per_s=profile.load_gb_per_s / factor("load"),
+    )  # fmt: skip
 
 
 def _points(where: str, value) -> Points:

@@ -21,6 +21,7 @@ from policies.profile import Profile, ProfileError, load_profile
 from policies.routing import ROUTERS
 from policies.view import Limits
 from sim.cluster import SimConfig, simulate
+from sim.errorbars import add_error_bars
 from sim.progress import Progress
 from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, positive, with_slo
 from traces.publish import publish
@@ -63,6 +64,7 @@ def build_parser() -> SuggestingParser:
     add("--output", metavar="DIR", help="write requests, steps, summary and a Perfetto trace there")
     add("--overwrite", action="store_true", help="replace results that --output finds there")
     add("--plot", action="store_true", help=f"draw the comparison into DIR/{FIGURES}; needs --output")
+    add("--no-error-bars", action="store_true", help="do not replay at the ends of the profile's scatter (faster)")
     add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr (default: on a terminal)")
     add("--check-invariants", action="store_true", help="prove the books after every step (slower)")
     add("--no-leap", action="store_true", help="decide and take every step singly; the same result, slower")
@@ -111,21 +113,27 @@ def run(args: argparse.Namespace) -> None:
     config = sim_config(args, profile)
     trace = with_slo(load_trace(args, profile), goodput)
     read = time.perf_counter()
-    results, replay_s = [], 0.0
+    results, replay_s, bars_s = [], 0.0, 0.0
     for policy in policies:
         with Progress(policy.name, len(trace), args.progress) as progress:
             start = time.perf_counter()
             results.append(simulate(trace, policy, profile, config, progress.update))
             replay_s += time.perf_counter() - start
+        if not args.no_error_bars:
+            start = time.perf_counter()
+            add_error_bars(results[-1], trace, policy, profile, config, goodput)
+            bars_s += time.perf_counter() - start
     adapters = [adapter.name for adapter in trace.adapters]
     publish(results, adapters, goodput, output=args.output, overwrite=args.overwrite, with_adapters=args.per_adapter)
     if args.plot:
         figures = Path(args.output) / FIGURES
         subprocess.run([sys.executable, "-m", "analysis", "figures", "--in", args.output, "--out", figures], check=True)
-    print(f"read {read - began:.2f} s, replayed {replay_s:.2f} s, all {time.perf_counter() - began:.2f} s", file=sys.stderr)
+    bars = f"error bars {bars_s:.2f} s, " if bars_s > 0.01 else ""
+    took = time.perf_counter() - began
+    print(f"read {read - began:.2f} s, replayed {replay_s:.2f} s, {bars}all {took:.2f} s", file=sys.stderr)
 
 
-COMMANDS = ("sweep", "capacity", "whatif")
+COMMANDS = ("sweep", "capacity", "whatif", "replicate", "extrapolate")
 """Modules of this package that are commands of their own, as the first argument."""
 
 

@@ -32,7 +32,8 @@ from traces.request import NO_ADAPTER, Trace
 class SimConfig:
     """What a simulation depends on beside trace, policy and profile.
 
-    operator: None for the policy's own. page_tokens: KV tokens a page. memory_share: of the pool that may be used. gpus,
+    operator, switch: None for the policy's own. page_tokens: KV tokens a page. memory_share: of the pool that may be used.
+    pages: of the pool, where an engine's are known (None: what the profile's memory holds). gpus,
     router: replicas and who sends them requests. leap: jump over runs of decode steps (False: step singly, same result).
     keep_steps: record one row a lease. check_invariants: prove the ledger after every step.
     """
@@ -41,6 +42,8 @@ class SimConfig:
     operator: str | None = None
     page_tokens: int = 16
     memory_share: float = 1.0
+    switch: str | None = None
+    pages: int | None = None
     prefix_cache: bool = True
     gpus: int = 1
     router: str = "least-outstanding"
@@ -59,9 +62,9 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
         trace = trace.with_(adapter=np.full(len(trace), NO_ADAPTER, np.int32))
     env = simpy.Environment()
     operator = config.operator or policy.operator
-    cost = Cost(profile, operator, policy.switch, trace.adapters, policy.name)
+    cost = Cost(profile, operator, config.switch or policy.switch, trace.adapters, policy.name)
     page_bytes = config.page_tokens * profile.kv_bytes_per_token
-    pages = int(profile.pool_bytes(golden=policy.merges) * config.memory_share) // page_bytes
+    pages = config.pages or int(profile.pool_bytes(golden=policy.merges) * config.memory_share) // page_bytes
     if pages < 1:
         raise ProfileError(f"memory share {config.memory_share} leaves no page of {page_bytes} bytes in the pool")
     adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)

@@ -22,7 +22,7 @@ from traces.record import RunResult, parse_goodput, summarize
 from traces.request import Trace, TraceError
 from traces.suggest import near
 
-OUTPUT_OPTIONS = ("output", "overwrite", "plot", "per_adapter", "progress")
+OUTPUT_OPTIONS = ("output", "overwrite", "plot", "per_adapter", "progress", "no_error_bars")
 """Options that say where results go, which a run among many does not have."""
 
 PACKAGES = ("traces", "policies", "sim")

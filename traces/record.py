@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from traces.details import DETAIL_COLUMNS
 from traces.request import NO_ADAPTER
 from traces.suggest import near
 
@@ -78,22 +79,13 @@ steps: forward passes in the lease | merged: index of the adapter in the weights
 the batch in that phase | adapters: distinct in the batch | the last six, where the time went, sum to duration_ns.
 """
 
-DETAIL_COLUMNS = {
-    "leases": ("server", "start_ns", "first_ns", "lora_tokens", "lora_adapters", "rank", "lora_ranks", "switch_rank",
-               "outputs", "loads", "loading"),
-    "chunks": ("server", "start_ns", "tokens", "context"),
-}  # fmt: skip
-"""What an engine adds to its steps, so that a latency model can be held against each: one row per lease, and one per chunk
-of a prompt, named by the lease's server and start; int64.
-
-first_ns: until the end of the lease's first step | rows, adapters, largest rank and sum of ranks of its LoRA branches |
-switch_rank: of the adapter folded in or out, 0 for none | outputs: rows of the LM head | loads: copies of adapters begun
-with it | loading: 1 while a copy was under way.
-"""
-
 STATISTICS = ("mean", "median", "std", "p90", "p99")
 LATENCIES = ("ttft", "tpot", "itl", "e2el", "ntpot", "queue")
 SLO_NAMES = ("ttft", "tpot", "e2el")
+
+HEADLINES = ("avg_token_latency_s", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms",
+             "p99_e2el_ms", "request_throughput", "output_throughput")  # fmt: skip
+"""Metrics that a simulator gives error bars, as [lowest, highest] in `error_bars` of the configuration and the summary."""
 
 COUNTERS = (
     "adapter_loads",
@@ -337,7 +329,7 @@ def summarize(result: RunResult, goodput: Mapping[str, float] | None = None) -> 
         "goodput_slo_ms": dict(goodput) if goodput else None,
         "run": _describe(result.config),
     }
-    return summary
+    return summary | ({"error_bars": result.config["error_bars"]} if result.config.get("error_bars") else {})
 
 
 def _describe(config: Mapping) -> dict:

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from traces.chrome_trace import write_chrome_trace
-from traces.record import DETAIL_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS, RunResult
+from traces.details import DETAIL_COLUMNS
+from traces.record import REQUEST_COLUMNS, STEP_COLUMNS, RunResult
 
 FORMAT = "lora-serving-results"
 VERSION = 1

@@ -26,6 +26,11 @@ _TITLES = {
 }
 _PLACE = {place: place.capitalize() for place in (*PLACES, "idle")} | {"linear": "Linear layers", "lora": "LoRA"}
 _LABELS = {"mean": "Mean", "median": "Median", "std": "Std", "p90": "P90", "p99": "P99"}
+_BARS = {
+    "avg_token_latency": "avg_token_latency_s", "Mean TTFT": "mean_ttft_ms", "P99 TTFT": "p99_ttft_ms",
+    "Mean TPOT": "mean_tpot_ms", "P99 TPOT": "p99_tpot_ms", "Mean E2EL": "mean_e2el_ms", "P99 E2EL": "p99_e2el_ms",
+    "Request throughput": "request_throughput", "Output token throughput": "output_throughput",
+}  # fmt: skip
 
 
 class Row(NamedTuple):
@@ -56,6 +61,16 @@ def _gpu_time(label: str, table: str, name: str, better: int = 0) -> Row:
         return 100 * summary[table][name] / total if total else None
 
     return Row(label, value, ".2f", better)
+
+
+def _error_bar(name: str) -> Callable[[Mapping], float | None]:
+    """The larger half of the bar, in percent of the value."""
+
+    def value(summary: Mapping):
+        bar, number = (summary.get("error_bars") or {}).get(name), summary.get(name)
+        return 100 * max(bar[1] - number, number - bar[0]) / number if bar and number else None
+
+    return value
 
 
 def _pool_gib(name: str) -> Callable[[Mapping], float | None]:
@@ -106,6 +121,8 @@ def _sections() -> list[tuple[str, list[Row]]]:
     sections.append(("Adapters and Memory", adapters))
     modes = [_gpu_time(f"{mode.capitalize()} (% of GPU time)", "time_in_mode_s", mode) for mode in MODES]
     sections.append(("Time in Each Mode", modes))
+    bars = [Row(f"{label} (+- %)", _error_bar(name), ".1f") for label, name in _BARS.items()]
+    sections.append(("Error Bars: the Profile's Own Scatter", bars))
     places = [_gpu_time(f"{_PLACE[place]} (% of GPU time)", "time_where_s", place) for place in (*PLACES, "idle")]
     sections.append(("Where the Time Went", places))
     return sections
@@ -173,7 +190,9 @@ def _header(summaries: Mapping[str, Mapping]) -> list[str]:
 def _facts(summary: Mapping) -> list[str]:
     run = summary["run"]
     trace_hash = f", sha256 {run['trace_sha256'][:12]}" if run["trace_sha256"] else ""
-    measured = {"analytic": " (analytic, not measured)", "measured": " (measured)"}.get(run["profile_kind"], "")
+    kinds = {"analytic": " (analytic, not measured)", "measured": " (measured)",
+             "extrapolated": " (extrapolated, not measured on this GPU)"}  # fmt: skip
+    measured = kinds.get(run["profile_kind"], "")
     facts = [
         f"trace    {run['trace'] or '-'} ({summary['requests']:,} requests{trace_hash})",
         f"model    {run['model'] or '-'} on {summary['gpus'] or '-'} GPU",

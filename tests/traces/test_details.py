@@ -6,7 +6,8 @@ import pytest
 
 from policies.journal import Journal, result
 from policies.plan import UNMERGED, Work
-from traces.record import DETAIL_COLUMNS, summarize
+from traces.details import DETAIL_COLUMNS
+from traces.record import summarize
 from traces.result_files import ResultError, read_results, write_results
 
 PS = 1000
