@@ -198,11 +198,10 @@ def expand(
     if SPAN == 1:
         y_live = live[:, None] if EVEN else live[:, None] & inside
         y_tile = tl.load(y_at, mask=y_live, other=0.0)
-    dtype: tl.constexpr = b.dtype.element_ty
     PLANES: tl.constexpr = SLICES * PASSES
-    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(dtype)
+    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(b.dtype.element_ty)
     if M:
-        vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(dtype)
+        vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(b.dtype.element_ty)
     if SPAN == 1:
         acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
         if M:

@@ -1,8 +1,8 @@
 """`python -m kernels tune`: searches tilings on this GPU and writes its table.
 
 The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink; each candidate is
-timed whole, cold, in a CUDA graph. A run that is cut short goes on where it stopped. It
-knows tilings and shapes, no kernel code.
+timed whole, cold, in a CUDA graph; those of short calls as they occur, behind a linear. A run that is cut short goes on
+where it stopped. It knows tilings and shapes, no kernel code.
 """
 
 from __future__ import annotations
