@@ -23,7 +23,7 @@ from policies.view import Limits
 from sim.cluster import SimConfig, simulate
 from sim.errorbars import add_error_bars
 from sim.progress import Progress
-from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, near, positive, with_slo
+from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, names, near, positive, with_slo
 from traces.publish import publish
 from traces.record import parse_goodput
 from traces.request import TraceError
@@ -53,6 +53,11 @@ def build_parser() -> SuggestingParser:
     add("--gpus", type=count, default=1, metavar="N", help="replicas (default 1)")
     add("--router", choices=sorted(ROUTERS), default="least-outstanding", help="which replica a request goes to")
     add("--memory-share", type=positive, default=1.0, metavar="F", help="share of the memory pool to use (default 1)")
+    add("--adapter-memory", type=positive, metavar="GIB",
+        help="memory that holds adapters and nothing else (default: they share the pool with keys and values)")  # fmt: skip
+    add("--pin", type=names, default=(), metavar="NAME[,NAME...]", help="adapters that are there from the start and stay")
+    add("--closed-loop", type=count, default=0, metavar="N",
+        help="N requests in flight, one arrives when one ends (default: they arrive by the trace)")  # fmt: skip
     add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
     add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
     add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")
@@ -96,7 +101,8 @@ def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
         limits=Limits(args.max_batch, args.max_batch_tokens, profile.max_context), operator=args.operator,
         page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
         gpus=args.gpus, router=args.router, leap=not args.no_leap, keep_steps=args.output is not None,
-        check_invariants=args.check_invariants,
+        check_invariants=args.check_invariants, pins=args.pin, closed_loop=args.closed_loop,
+        adapter_bytes=None if args.adapter_memory is None else int(args.adapter_memory * 2**30),
     )  # fmt: skip
 
 

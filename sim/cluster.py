@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import simpy
 
-from policies import Policy
+from policies import Policy, residency
 from policies.cost import Cost
 from policies.invariants import InvariantError
 from policies.journal import Journal, result
@@ -25,7 +25,7 @@ from policies.routing import make_router, moves
 from policies.view import Limits
 from sim.server import FOREVER_PS, PS_PER_NS, Server, at
 from traces.record import STATUS, RunResult
-from traces.request import NO_ADAPTER, Trace
+from traces.request import NO_ADAPTER, Request, Trace
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class SimConfig:
     operator, switch: None for the policy's own. page_tokens: KV tokens a page. memory_share: of the pool that may be used.
     pages: of the pool, where an engine's are known (None: what the profile's memory holds). gpus,
     router: replicas and who sends them requests. leap: jump over runs of decode steps (False: step singly, same result).
-    keep_steps: record one row a lease. check_invariants: prove the ledger after every step.
+    keep_steps: record one row a lease. check_invariants: prove the ledger after every step. adapter_bytes: memory that holds
+    adapters and nothing else, taken from the pool (None: adapters lie among its pages). pins: adapters by name that are
+    resident from the start and never evicted. closed_loop: requests in flight over all GPUs, each arriving when one ends
+    (0: they arrive by the trace).
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -50,6 +53,9 @@ class SimConfig:
     leap: bool = True
     keep_steps: bool = True
     check_invariants: bool = False
+    adapter_bytes: int | None = None
+    pins: tuple[str, ...] = ()
+    closed_loop: int = 0
 
 
 def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
@@ -65,17 +71,25 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     cost = Cost(profile, operator, config.switch or policy.switch, trace.adapters, policy.name)
     page_bytes = config.page_tokens * profile.kv_bytes_per_token
     pages = config.pages or int(profile.pool_bytes(golden=policy.merges) * config.memory_share) // page_bytes
+    room = None if config.adapter_bytes is None else config.adapter_bytes // page_bytes
+    if room is not None and config.pages is None:
+        pages -= room
     if pages < 1:
         raise ProfileError(f"memory share {config.memory_share} leaves no page of {page_bytes} bytes in the pool")
     adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
-    dispatcher = Dispatcher(env, trace, config.router, progress)
+    dispatcher = Dispatcher(env, trace, config.router, progress, config.closed_loop)
+    pins = () if getattr(policy, "strips_adapters", False) else residency.numbers_of(config.pins, trace.adapters)
+    leap = config.leap and not (config.closed_loop and config.gpus > 1)  # else nobody knows when the next one comes
     for number in range(config.gpus):
         journal = Journal(number, keep_steps=config.keep_steps)
-        pool = Pool(pages, config.page_tokens, trace.adapters, adapter_pages, prefix_cache=config.prefix_cache)
+        pool = Pool(
+            pages, config.page_tokens, trace.adapters, adapter_pages, prefix_cache=config.prefix_cache, adapter_room=room
+        )  # fmt: skip
         ledger = Ledger(pool, config.limits, journal, cost, oracle=policy.oracle)
+        residency.hold(ledger, pins)
         dispatcher.servers.append(
-            Server(env, ledger, policy, cost, journal, dispatcher.next_arrival_ps, leap=config.leap,
-                   check_invariants=config.check_invariants)
+            Server(env, ledger, policy, cost, journal, dispatcher.next_arrival_ps, leap=leap,
+                   check_invariants=config.check_invariants, top_up=dispatcher.top_up if config.closed_loop else None)
         )  # fmt: skip
     _without_gc(env.run)
     servers = dispatcher.servers
@@ -83,13 +97,16 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     ended = sum(server.journal.ended for server in servers)
     if left or ended != len(trace):
         raise InvariantError(f"{len(trace)} requests in, {ended} ended, {left} unfinished when nothing more can happen")
+    arrivals_ns = [] if config.closed_loop else trace.arrival_ns.tolist()
     counters = {
         "gpus": config.gpus,
-        "end_ns": max([server.last_ps // PS_PER_NS for server in servers] + trace.arrival_ns[-1:].tolist()),
+        "end_ns": max([server.last_ps // PS_PER_NS for server in servers] + arrivals_ns[-1:]),
         "peak_pages": max(server.ledger.pool.peak for server in servers),
         "pool_pages": pages,
         "page_bytes": page_bytes,
     }
+    if room is not None:
+        counters["adapter_room_pages"] = room
     record = result([s.journal for s in servers], policy=policy.name, operator=operator, counters=counters,
                     config=_resolved(trace, policy, profile, config, cost))  # fmt: skip
     refused = int((record.requests["status"] == STATUS.index("unservable")).sum())
@@ -103,9 +120,11 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
 
 
 class Dispatcher:
-    """Delivers the requests of a trace, each at its arrival, to the server that the router names."""
+    """Delivers the requests of a trace to the server that the router names: each at its arrival, or, in a closed loop, as
+    soon as fewer than `closed` are in flight."""
 
-    def __init__(self, env: simpy.Environment, trace: Trace, router: str, progress: Callable[[int], None] | None):
+    def __init__(self, env: simpy.Environment, trace: Trace, router: str, progress: Callable[[int], None] | None,
+                 closed: int = 0):
         self.servers: list[Server] = []
         self._env = env
         self._requests = trace.requests()
@@ -114,7 +133,9 @@ class Dispatcher:
         self._routed = 0
         self._next = next(self._requests, None)
         self._next_ps = FOREVER_PS
-        self._schedule()
+        self._closed = closed
+        if not closed:
+            self._schedule()
 
     def next_arrival_ps(self) -> int:
         """When the next request arrives anywhere; FOREVER_PS after the last."""
@@ -127,15 +148,24 @@ class Dispatcher:
             self._next_ps = self._next.arrival_ns * PS_PER_NS
             at(self._env, self._next_ps, self._deliver)
 
+    def top_up(self) -> None:
+        """Closed loop: what may arrive now does."""
+        while self._next is not None and sum(len(server.ledger.entries) for server in self.servers) < self._closed:
+            request, self._next = self._next, next(self._requests, None)
+            self._send(request._replace(arrival_ns=self._env.now // PS_PER_NS))
+
     def _deliver(self, _event) -> None:
-        request, servers = self._next, self.servers
+        request, self._next = self._next, next(self._requests, None)
+        self._schedule()
+        self._send(request)
+
+    def _send(self, request: Request) -> None:
+        servers = self.servers
         number = 0
         ledgers = [server.ledger for server in servers]
         if len(servers) > 1:
             number = self._route(request, ledgers, self._routed)
         self._routed += 1
-        self._next = next(self._requests, None)
-        self._schedule()
         servers[number].arrive(request)
         if len(servers) > 1:
             for moving, source, target in moves(self._route, ledgers):
@@ -157,6 +187,8 @@ def _without_gc(action: Callable[[], None]) -> None:
 
 def _resolved(trace: Trace, policy: Policy, profile: Profile, config: SimConfig, cost: Cost) -> dict:
     notes = [*trace.notes]
+    if config.closed_loop:
+        notes.append(f"closed loop: {config.closed_loop} requests in flight, the trace's arrival times are not used")
     if profile.kind != "measured":
         notes.append(f"profile {profile.name} is {profile.kind}, not measured")
     if cost.outside:

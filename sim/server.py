@@ -52,10 +52,12 @@ class Lease:
 
 
 class Server:
-    """One GPU under one policy. next_arrival_ps tells when anything arrives next anywhere (FOREVER_PS: never)."""
+    """One GPU under one policy. next_arrival_ps tells when anything arrives next anywhere (FOREVER_PS: never); top_up is
+    called between two leases, and may let something arrive."""
 
     def __init__(self, env: simpy.Environment, ledger: Ledger, policy: Policy, cost: Cost, journal: Journal,
-                 next_arrival_ps: Callable[[], int], *, leap: bool = True, check_invariants: bool = False):
+                 next_arrival_ps: Callable[[], int], *, leap: bool = True, check_invariants: bool = False,
+                 top_up: Callable[[], None] | None = None):
         self.env = env
         self.ledger = ledger
         self.policy = policy
@@ -65,6 +67,7 @@ class Server:
         self.check_invariants = check_invariants
         self.last_ps = 0  # when the last step ended
         self._next_arrival_ps = next_arrival_ps
+        self._top_up = top_up
         self._asleep: Event | None = None
         self._turns = (-1, 0)  # (time of the last decision that computed nothing, how many in a row at that time)
         self._link_free_ps = 0
@@ -100,6 +103,8 @@ class Server:
         env, ledger, policy, ahead = self.env, self.ledger, self.policy, self.cost.profile.steps_ahead
         yield Timeout(env, 0)  # what arrives at time 0 comes first, as at any other time
         while True:
+            if self._top_up is not None:
+                self._top_up()
             while not ledger.has_work():  # a copy that arrives late wakes it, too
                 yield self._sleep(None)
             start_ps = env.now
