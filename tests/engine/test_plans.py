@@ -26,9 +26,12 @@ def recording(policy):
     return recorder, plans
 
 
-def engine_without_model(trace, policy, profile, pages, prefix_cache=True, adapter_pages=None, adapter_room=None):
+def engine_without_model(trace, policy, profile, pages, prefix_cache=True, adapter_pages=None, adapter_room=None, pins=(),
+                         closed_loop=0):  # fmt: skip
+    from engine.arrivals import ClosedLoop
     from engine.clock import MockedClock
     from engine.replay import Driver, stripped
+    from policies import residency
     from policies.cost import Cost
     from policies.journal import Journal
     from policies.ledger import Ledger
@@ -43,14 +46,18 @@ def engine_without_model(trace, policy, profile, pages, prefix_cache=True, adapt
     pool = Pool(pages, 16, trace.adapters, adapter_pages, prefix_cache=prefix_cache, adapter_room=adapter_room)
     journal = Journal()
     ledger = Ledger(pool, Limits(*LIMITS), journal, cost, oracle=policy.oracle)
-    return Driver(trace, policy, ledger, cost, journal, MockedClock(cost), check_invariants=True)
+    residency.hold(ledger, pins)
+    arrivals = ClosedLoop(trace, closed_loop) if closed_loop else None
+    return Driver(
+        trace, policy, ledger, cost, journal, MockedClock(cost), check_invariants=True, arrivals=arrivals
+    )  # fmt: skip
 
 
-def simulated(trace, policy, profile, prefix_cache=True):
+def simulated(trace, policy, profile, **options):
     from policies.view import Limits
     from sim.cluster import SimConfig, simulate
 
-    return simulate(trace, policy, profile, SimConfig(limits=Limits(*LIMITS), prefix_cache=prefix_cache))
+    return simulate(trace, policy, profile, SimConfig(limits=Limits(*LIMITS), check_invariants=True, **options))
 
 
 ENGINE = {"steps_ahead": 1, "lease_us": {"base": 130.0, "request": 7.0, "chunk": 20.0, "image": 9.0, "load": 31.0,
@@ -96,6 +103,34 @@ def test_plans_are_identical_under_pressure_of_memory(trace, profile, name):
     driver.run()
     assert expected.counters["preemptions"] > 0
     assert engine_plans == sim_plans
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("case", ["adapters apart", "pinned", "closed loop", "all of it"])
+def test_plans_are_identical_however_adapters_lie_and_requests_come(trace, profile, name, case):
+    """Adapters in a memory of their own that holds two of three, one that stays, requests that arrive when others end."""
+    from engine.replay import record
+    from policies import make_policy
+
+    apart, pinned, closed = (case in (this, "all of it") for this in ("adapters apart", "pinned", "closed loop"))
+    requests = trace(60, 4, output=30, span_ns=60_000_000)
+    options = {"pins": ("lora-1",) if pinned else (), "closed_loop": 5 if closed else 0}
+    tight = dataclasses.replace(profile, device_bytes=30 * 16 * 1024, **ENGINE)
+    theirs, sim_plans = recording(make_policy(name))
+    expected = simulated(requests, theirs, tight, adapter_bytes=32 * 1024 if apart else None, **options)
+    ours, engine_plans = recording(make_policy(name))
+    strips = name == "base"
+    options["pins"] = (1,) if pinned and not strips else ()
+    room = expected.counters.get("adapter_room_pages")
+    driver = engine_without_model(requests, ours, tight, expected.counters["pool_pages"], adapter_room=room, **options)
+    driver.run()
+    assert engine_plans == sim_plans
+    assert room == (2 if apart else None)
+    got = record(driver, requests, {"notes": []}, operator="x", page_bytes=16 * 1024)
+    assert all((got.requests[column] == values).all() for column, values in expected.requests.items())
+    for look_up in ("adapter_hits", "adapter_misses"):  # at the arrival there, at the next step's end here
+        del got.counters[look_up], expected.counters[look_up]
+    assert got.counters == expected.counters
 
 
 @pytest.mark.parametrize("name", ["valora", "slora"])
