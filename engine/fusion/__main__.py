@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from traces.options import count
 from traces.suggest import SuggestingParser
 
 COMPARE = ("heuristic", "heuristic-early", "decoded")
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--learning-rate", type=float, default=None, metavar="LR", help="default 2e-4 (the demo has its own)")
     add("--seed", type=int, default=0)
     add("--device", default=None, help="cuda or cpu (default: cuda if there is one)")
+    add("--workers", type=count, default=None, metavar="N",
+        help="processes that train side by side (default: as many as the machine carries; results do not depend on it)")
     add("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that draw the demo's data")
     add("--stop-after", type=float, default=None, metavar="SECONDS", help="stop at the next checkpoint, to go on later")
 
@@ -55,12 +58,14 @@ def run(args: argparse.Namespace) -> int:
     from engine.fusion.checkpoint import OutOfTime, replace_text
     from engine.fusion.fuse import check_output
     from engine.fusion.report import draw, render
+    from engine.fusion.workers import repeatable_arithmetic
 
     output = Path(args.output)
     check_output(output)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products that are the same each time
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    repeatable_arithmetic()
+    if device == "cpu":
+        torch.set_num_threads(1)  # so that sums do not depend on the number of workers
     transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
 
@@ -99,8 +104,8 @@ def _report(args: argparse.Namespace, output: Path, device: str, deadline: float
             raise DomainError("demo makes model and domains itself; leave --model and --domains out, or leave demo out")
         retries = DEMO_RETRIES if args.retries == "auto" else given
         compare = COMPARE if args.compare is None else tuple(named)
-        return demo(output, args.size, compare=compare, retries=retries, device=device, jobs=args.jobs, seed=args.seed,
-                    deadline=deadline, log=log)  # fmt: skip
+        return demo(output, args.size, compare=compare, retries=retries, workers=args.workers, device=device, jobs=args.jobs,
+                    seed=args.seed, deadline=deadline, log=log)  # fmt: skip
     if not args.model or not args.domains:
         raise DomainError("--model and --domains are needed (or `demo`, which makes both)")
     recipe = Recipe(rank=args.rank, alpha=args.rank / 4, dropout=0.1, learning_rate=2e-4, seed=args.seed)
@@ -109,8 +114,8 @@ def _report(args: argparse.Namespace, output: Path, device: str, deadline: float
     retries = given
     if args.retries == "auto":
         retries = None if len(load_domains(args.domains)) <= EXACT else DEFAULT_RETRIES
-    return fuse(args.model, args.domains, output, Options(recipe, retries, tuple(named)), device=device, deadline=deadline,
-                log=log)  # fmt: skip
+    options = Options(recipe, retries, tuple(named), workers=args.workers)
+    return fuse(args.model, args.domains, output, options, device=device, deadline=deadline, log=log)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

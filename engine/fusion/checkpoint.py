@@ -1,4 +1,4 @@
-"""Checkpoints of a training: one safetensors file with the weights, AdamW's moments, and a JSON of the rest.
+"""Checkpoints of a training: one safetensors file with the weights, AdamW's moments, and a JSON of the rest; and locks.
 
 Written beside and then put in place, so that a process killed at any moment leaves the last one or the one before.
 Everything random in a training is drawn from (seed, step), so that no generator's state needs keeping.
@@ -6,16 +6,19 @@ Everything random in a training is drawn from (seed, step), so that no generator
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 STATE = "state"
+ASK_AGAIN_S = 0.1
 
 
 class OutOfTime(Exception):
@@ -26,6 +29,21 @@ def stop_if_late(deadline: float | None) -> None:
     """Raise OutOfTime where `deadline` (of time.monotonic) has passed. Called right after a checkpoint."""
     if deadline is not None and time.monotonic() > deadline:
         raise OutOfTime
+
+
+@contextmanager
+def locked(path: Path, deadline: float | None = None) -> Iterator[None]:
+    """Only one process at a time makes `path`; the lock of a killed one is free. OutOfTime where it is not by `deadline`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                stop_if_late(deadline)
+                time.sleep(ASK_AGAIN_S)
+        yield
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -35,8 +35,8 @@ SCALES = {
 }  # fmt: skip
 
 
-def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: int | None, device: str, jobs: int,
-         seed: int = 0, deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> dict:
+def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: int | None, workers: int | None, device: str,
+         jobs: int, seed: int = 0, deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> dict:
     """Data, base model, adapters; the report of `engine.fusion.fuse.fuse`."""
     output, scale = Path(output), SCALES[size]
     yaml = generate_data.write_domains(output / "data", size, seed, scale.domains, jobs, log)
@@ -47,5 +47,5 @@ def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: in
         texts += domain.labels
     model = pretrain.pretrain(output / "base", pretrain.SIZES[size], texts, device=device, seed=seed, jobs=jobs,
                               deadline=deadline, log=log)  # fmt: skip
-    options = Options(scale.recipe, retries, compare, scale.yardstick)
+    options = Options(scale.recipe, retries, compare, scale.yardstick, workers)
     return fuse(model, yaml, output, options, device=device, deadline=deadline, log=log)

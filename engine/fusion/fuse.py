@@ -2,6 +2,7 @@
 
 The folder that it writes:
     runs/          every training, by hash; a command that was cut off goes on from here
+    features/      the images, encoded; may be deleted
     adapters/ID/   PEFT folders with their heads, as the engine loads them
     packing.json   domain -> adapter
     report.json    accuracies (base, own adapter, packed; decide and held-out), floors, cost; report.txt, fused.png
@@ -17,6 +18,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -29,9 +32,11 @@ from engine.fusion.oracle import JOINT, SEQUENCE, SEQUENCE_EARLY, Runs, Training
 from engine.fusion.search import Attempt, Packing, exhaustive, fuse_in_order, search
 from engine.fusion.train import Recipe, load_run
 from engine.fusion.workbench import digest_of, open_workbench
+from engine.fusion.workers import Job, Workers, default_workers
 
 COMPARISONS = {"heuristic": SEQUENCE, "heuristic-early": SEQUENCE_EARLY}
 """What may be run beside ours: the paper's heuristic, and the same with our rule of when to stop a training."""
+HELD_OUT = "heldout"
 DECODED = "decoded"
 """Also: the own adapters of domains with a head once more without, to see what the head costs or gains in accuracy."""
 
@@ -40,13 +45,15 @@ DECODED = "decoded"
 class Options:
     """retries: attempts on fewer adapters after the first packing (None: until proven, or won over the heuristic's).
 
-    compare: of COMPARISONS. yardstick: try everything on the first so many domains (0: none).
+    compare: of COMPARISONS. yardstick: try everything on the first so many domains (0: none). workers: processes, None: as
+    many as suit the machine.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
     retries: int | None = None
     compare: tuple[str, ...] = ()
     yardstick: int = 0
+    workers: int | None = 1
 
 
 def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, options: Options, *, device: str,
@@ -54,47 +61,117 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
     """Do all of it, or what is left of it; the report. FloorError, DomainError, ModelError, OutOfTime say what ended it."""
     started = time.monotonic()
     output = Path(output)
-    domains = load_domains(domains_yaml)
-    recipe = options.recipe
-    bench = open_workbench(model, domains, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, device=device,
-                           deadline=deadline, log=log)  # fmt: skip
-    runs = Runs(bench, output / "runs", recipe, digest_of(Path(model), domains))
-    runs.set_floors()
-    for domain in domains:
-        log(f"floor of {domain.name}: {runs.floors[domain.name]:.3f} {domain.metric}")
-
-    def watch(attempt: Attempt) -> None:
-        log(f"attempt on {len(attempt.order)}: holds {len(attempt.held)}, {attempt.steps} steps")
-
-    oracle = TrainingOracle(runs, JOINT)
-    packing = search(oracle, options.retries, watch)
-    log(f"packed {len(domains)} domains into {len(packing)} adapters")
-    compared = {}
-    for name in [name for name in options.compare if name in COMPARISONS]:
-        other = TrainingOracle(runs, COMPARISONS[name])
-        compared[name] = (other, fuse_in_order(other, watch))
-    yardstick = _yardstick(runs, options, watch)
-    places = _write_adapters(output, oracle, packing)
-    report = {
-        "model": Path(model).name, "device": _device(device), "versions": _versions(), "recipe": asdict(recipe),
-        "domains": _accuracies(runs, oracle, packing, places), "decoded": _decoded(runs, options),
-        "packing": _packing_told(packing),
-        "compared": {name: _packing_told(found) | {"held_out": _held_out(runs, used, found)}
-                     for name, (used, found) in compared.items()},
-        "yardstick": yardstick, "cost": _cost(runs), "attempts": _attempts(runs),
-    }  # fmt: skip
+    again = partial(open_runs, model, domains_yaml, output, options.recipe, device, deadline)
+    runs = again(log=log)
+    count = options.workers or default_workers(runs.bench)
+    log(f"{len(runs.bench.domains)} domains, {count} worker{'s' if count > 1 else ''}")
+    with Workers(runs, again, count) as workers:
+        workers.each([(_train_own, (domain.name,)) for domain in runs.bench.domains if domain.relative])
+        runs.set_floors()
+        for domain in runs.bench.domains:
+            log(f"floor of {domain.name}: {runs.floors[domain.name]:.3f} {domain.metric}")
+        workers.each(_jobs(runs, options))
+        report = _report(runs, workers, options, output)
     log(f"done in {time.monotonic() - started:.0f} s of this call")
-    replace_text(output / "packing.json", json.dumps({d: places[d] for d in sorted(places)}, indent=1) + "\n")
+    places = {name: row["adapter"] for name, row in sorted(report["domains"].items())}
+    replace_text(output / "packing.json", json.dumps(places, indent=1) + "\n")
     replace_text(output / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _yardstick(runs: Runs, options: Options, watch) -> dict | None:
+def open_runs(model: str | Path, domains_yaml: str | Path, output: Path, recipe: Recipe, device: str, deadline: float | None,
+              *, log: Callable[[str], None]) -> Runs:
+    """The base model, the domains, and what has been trained so far; the same in each process."""
+    domains = load_domains(domains_yaml)
+    digest = digest_of(Path(model), domains)
+    bench = open_workbench(model, domains, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, device=device,
+                           deadline=deadline, store=output / "features" / digest[:12], log=log)  # fmt: skip
+    return Runs(bench, output / "runs", recipe, digest)
+
+
+# -- jobs: each trains what is not there yet -------------------------------------------------------------------------------
+def _jobs(runs: Runs, options: Options) -> list[Job]:
+    """All searches and comparisons, which need nothing of each other: those with the longest chain of trainings first."""
+    jobs: list[Job] = [(_in_order, (COMPARISONS[name],)) for name in options.compare if name in COMPARISONS]
+    jobs.append((_search, (None, options.retries)))
+    names = _yardstick_names(runs, options)
+    for size in range(len(names), 1, -1):
+        jobs += [(_attempt, (names, members)) for members in combinations(names, size)]
+    if DECODED in options.compare:
+        jobs += [(_train_decoded, (domain.name,)) for domain in runs.bench.domains if domain.head]
+    return jobs
+
+
+def _train_own(runs: Runs, name: str) -> None:
+    runs.train_own(name)
+
+
+def _train_decoded(runs: Runs, name: str) -> None:
+    runs.train_decoded(name)
+
+
+def _search(runs: Runs, names: tuple[str, ...] | None, retries: int | None) -> Packing:
+    def watch(attempt: Attempt) -> None:
+        runs.bench.log(f"attempt on {len(attempt.order)}: holds {len(attempt.held)}, {attempt.steps} steps")
+
+    runs.set_floors()
+    return search(TrainingOracle(runs, JOINT, names), retries, watch)
+
+
+def _in_order(runs: Runs, kind: str) -> Packing:
+    runs.set_floors()
+    return fuse_in_order(TrainingOracle(runs, kind))
+
+
+def _attempt(runs: Runs, names: tuple[str, ...], members: tuple[str, ...]) -> Attempt:
+    runs.set_floors()
+    return TrainingOracle(runs, JOINT, names).attempt(members)
+
+
+def _score_base(runs: Runs, name: str) -> Score:
+    return evaluate_base(runs.bench, name, HELD_OUT)
+
+
+def _score_decoded(runs: Runs, name: str) -> Score:
+    load_run(runs.bench, runs.train_decoded(name), (name,), runs.recipe.seed)
+    return evaluate(runs.bench, name, HELD_OUT, None)
+
+
+def _score_run(runs: Runs, folder: Path, trained: tuple[str, ...], names: tuple[str, ...]) -> dict[str, Score]:
+    """Of a run's adapter, on the domains `names` of those it was trained on."""
+    head = load_run(runs.bench, folder, trained, runs.recipe.seed)
+    return {name: evaluate(runs.bench, name, HELD_OUT, head) for name in names}
+
+
+# -- what came of it: the same searches again, with all their trainings done ------------------------------------------------
+def _report(runs: Runs, workers: Workers, options: Options, output: Path) -> dict:
+    oracle = TrainingOracle(runs, JOINT)
+    packing = search(oracle, options.retries)
+    runs.bench.log(f"packed {len(runs.bench.domains)} domains into {len(packing)} adapters")
+    compared = {}
+    for name in [name for name in options.compare if name in COMPARISONS]:
+        other = TrainingOracle(runs, COMPARISONS[name])
+        found = fuse_in_order(other)
+        compared[name] = _packing_told(found) | {"held_out": _held_out(workers, other, found)}
+    places = _write_adapters(output, oracle, packing)
+    return {
+        "model": Path(runs.bench.model.source).name, "device": _device(runs.bench.device), "versions": _versions(),
+        "recipe": asdict(options.recipe), "domains": _accuracies(runs, workers, oracle, packing, places),
+        "decoded": _decoded(runs, workers, options), "packing": _packing_told(packing), "compared": compared,
+        "yardstick": _yardstick(runs, options), "cost": _cost(runs), "attempts": _attempts(runs),
+    }  # fmt: skip
+
+
+def _yardstick_names(runs: Runs, options: Options) -> tuple[str, ...]:
+    return tuple(domain.name for domain in runs.bench.domains)[: options.yardstick]
+
+
+def _yardstick(runs: Runs, options: Options) -> dict | None:
     """Our search against the exhaustive optimum on the first few domains, trained for real."""
-    if not options.yardstick:
+    names = _yardstick_names(runs, options)
+    if not names:
         return None
-    names = tuple(domain.name for domain in runs.bench.domains)[: options.yardstick]
-    ours = search(TrainingOracle(runs, JOINT, names), None, watch)
+    ours = search(TrainingOracle(runs, JOINT, names))
     best = exhaustive(TrainingOracle(runs, JOINT, names))
     return {"domains": names, "search": len(ours), "optimum": len(best), "search_attempts": ours.attempts,
             "search_steps": ours.steps, "exhaustive_attempts": best.attempts, "exhaustive_steps": best.steps}  # fmt: skip
@@ -112,46 +189,44 @@ def _write_adapters(output: Path, oracle: TrainingOracle, packing: Packing) -> d
     return places
 
 
-def _accuracies(runs: Runs, oracle: TrainingOracle, packing: Packing, places: Mapping[str, str]) -> dict:
-    """Of each domain: base, own and packed accuracy on the held-out split, the floor, and whether it holds there."""
-    bench, table = runs.bench, {}
-    held_out = _held_out(runs, oracle, packing)
-    for domain in bench.domains:
+def _accuracies(runs: Runs, workers: Workers, oracle: TrainingOracle, packing: Packing, places: Mapping[str, str]) -> dict:
+    """Of each domain: base, own and packed accuracy on the held-out split, the floor, and whether it holds there.
+
+    own is None where the floor is absolute and no adapter was trained for the domain alone.
+    """
+    domains, table = runs.bench.domains, {}
+    held_out = _held_out(workers, oracle, packing)
+    bases = workers.each([(_score_base, (domain.name,)) for domain in domains])
+    alone = [domain.name for domain in domains if domain.name in runs.own]
+    scored = workers.each([(_score_run, (runs.own_path(name), (name,), (name,))) for name in alone])
+    own = {name: score for scores in scored for name, score in scores.items()}
+    for domain, base in zip(domains, bases, strict=True):
         name = domain.name
-        base = evaluate_base(bench, name, "heldout")
-        own = _evaluate_run(runs, runs.own_path(name), (name,), (name,))[name]
         packed, floor = Score(*held_out[name]), runs.floors[name]
         table[name] = {
             "task": domain.task, "metric": domain.metric, "head": domain.head, "adapter": places[name], "floor": floor,
-            "own_decide": runs.own[name].scores[name].value, "base": base.value, "own": own.value, "packed": packed.value,
-            "packed_stderr": packed.stderr, "n": packed.n, "holds": packed.value >= floor,
+            "own_decide": runs.own[name].scores[name].value if name in own else None, "base": base.value,
+            "own": own[name].value if name in own else None, "packed": packed.value, "packed_stderr": packed.stderr,
+            "n": packed.n, "holds": packed.value >= floor,
         }  # fmt: skip
     return table
 
 
-def _decoded(runs: Runs, options: Options) -> dict[str, dict[str, float]]:
+def _decoded(runs: Runs, workers: Workers, options: Options) -> dict[str, dict[str, float]]:
     """Domain -> accuracy of a decoding adapter on the held-out split, and the tokens it decodes where a head needs none."""
+    names = [domain.name for domain in runs.bench.domains if domain.head and DECODED in options.compare]
     told = {}
-    for domain in runs.bench.domains:
-        if domain.head and DECODED in options.compare:
-            load_run(runs.bench, runs.train_decoded(domain.name), (domain.name,), runs.recipe.seed)
-            answers = runs.bench.sample(domain.name, "heldout").answers
-            accuracy = evaluate(runs.bench, domain.name, "heldout", None).value
-            told[domain.name] = {"accuracy": accuracy, "answer_tokens": sum(map(len, answers)) / len(answers)}
+    for name, score in zip(names, workers.each([(_score_decoded, (name,)) for name in names]), strict=True):
+        runs.train_decoded(name)  # it is there; this counts it
+        answers = runs.bench.sample(name, HELD_OUT).answers
+        told[name] = {"accuracy": score.value, "answer_tokens": sum(map(len, answers)) / len(answers)}
     return told
 
 
-def _held_out(runs: Runs, oracle: TrainingOracle, packing: Packing) -> dict[str, list[float]]:
-    scores = {}
-    for group in packing.groups:
-        order = group.attempt.order
-        scores |= _evaluate_run(runs, oracle.path(order), order, sorted(group.serves))
-    return {name: list(score) for name, score in scores.items()}
-
-
-def _evaluate_run(runs: Runs, folder: Path, trained: tuple[str, ...], names) -> dict[str, Score]:
-    head = load_run(runs.bench, folder, trained, runs.recipe.seed)
-    return {name: evaluate(runs.bench, name, "heldout", head) for name in names}
+def _held_out(workers: Workers, oracle: TrainingOracle, packing: Packing) -> dict[str, list[float]]:
+    orders = [(group.attempt.order, tuple(sorted(group.serves))) for group in packing.groups]
+    scored = workers.each([(_score_run, (oracle.path(order), order, names)) for order, names in orders])
+    return {name: list(score) for scores in scored for name, score in scores.items()}
 
 
 def _packing_told(packing: Packing) -> dict:
@@ -185,8 +260,8 @@ def _kind(run: str) -> str:
     return run.rsplit("-", 2)[0]
 
 
-def _device(device: str) -> str:
-    return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else platform.machine() + " CPU"
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU"
 
 
 def _versions() -> dict[str, str]:
@@ -197,7 +272,7 @@ def _versions() -> dict[str, str]:
 
 def check_output(output: Path) -> None:
     """DomainError where `output` is a file, or a folder that holds something else than results of this command."""
-    known = {"runs", "adapters", "packing.json", "report.json", "report.txt", "fused.png", "base", "data"}
+    known = {"runs", "features", "adapters", "packing.json", "report.json", "report.txt", "fused.png", "base", "data"}
     if output.is_file():
         raise DomainError(f"{output}: is a file; name a folder")
     strange = sorted(p.name for p in output.iterdir() if p.name not in known and not p.name.startswith(".")) \

@@ -21,6 +21,7 @@ from statistics import NormalDist
 
 import torch
 
+from engine.fusion import checkpoint
 from engine.fusion.metrics import Score
 from engine.fusion.search import Attempt
 from engine.fusion.train import Recipe, Result, Task, batch_loss, train
@@ -79,7 +80,8 @@ class Runs:
 
     def run(self, kind: str, task: Task) -> Result:
         path = self.path(kind, task)
-        self.done[path.name] = train(self.bench, path, task, self.recipe, self.safe)
+        with checkpoint.locked(path, self.bench.deadline):
+            self.done[path.name] = train(self.bench, path, task, self.recipe, self.safe)
         return self.done[path.name]
 
     def safe(self, score: Score, name: str) -> float:
@@ -100,7 +102,7 @@ class TrainingOracle:
         self.runs, self.kind = runs, kind
         self.domains = domains or tuple(domain.name for domain in runs.bench.domains)
         self.ordered = kind != JOINT
-        self._signal: dict[str, torch.Tensor] | None = None
+        self._signal: dict[str, dict[str, float]] | None = None
         self._signal_steps = 0
 
     def path(self, order: tuple[str, ...]) -> Path:
@@ -138,9 +140,20 @@ class TrainingOracle:
         The batches are counted as steps of the next attempt.
         """
         if self._signal is None:
-            self._signal = {name: self._gradient(name) for name in self.domains}
+            self._signal = self._similarities()
             self._signal_steps = len(self.domains)
-        return float(self._signal[a] @ self._signal[b])
+        return self._signal[a][b]
+
+    def _similarities(self) -> dict[str, dict[str, float]]:
+        """Computed, or read where this has been done."""
+        told = json.dumps([self.runs.digest, asdict(self.runs.recipe), self.domains])
+        path = self.runs.folder / f"similarity-{hashlib.sha256(told.encode()).hexdigest()[:12]}.json"
+        with checkpoint.locked(path, self.runs.bench.deadline):
+            if not path.exists():
+                found = {name: self._gradient(name) for name in self.domains}
+                table = {a: {b: float(found[a] @ found[b]) for b in self.domains} for a in self.domains}
+                checkpoint.replace_text(path, json.dumps(table) + "\n")
+            return json.loads(path.read_text(encoding="utf-8"))
 
     def _gradient(self, name: str) -> torch.Tensor:
         bench = self.runs.bench

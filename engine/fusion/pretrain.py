@@ -22,6 +22,7 @@ import torch
 
 from engine.fusion import checkpoint
 from engine.fusion.drawings import PLAIN, SIZE, Drawing
+from engine.fusion.graphed import CausalDecoder, Graphs
 from engine.fusion.wording import QUERIES, Wording
 from engine.images import DEVIATION, MEAN
 
@@ -144,6 +145,10 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
     encoded = [(wording.tail(d.question), wording.answer(d.answer)) for d in drawings]
     moving = np.array([len(drawing.frames) > 1 for drawing in drawings])
     stills, clips = np.flatnonzero(~moving), np.flatnonzero(moving)
+    longest: dict[int, int] = {}  # ids of a prompt's tail and answer, by number of frames
+    for drawing, (tail, answer) in zip(drawings, encoded, strict=True):
+        longest[len(drawing.frames)] = max(longest.get(len(drawing.frames), 0), len(tail) + len(answer))
+    graphs = Graphs(log)
     parameters = dict(model.named_parameters())
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
     first, loss = 0, 0.0
@@ -164,9 +169,9 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
         chosen = group[rng.integers(len(group), size=size.batch)].tolist()
         warm, left = min(1.0, (step + 1) / 100), 1 - step / size.steps
         optimizer.param_groups[0]["lr"] = size.learning_rate * warm * (0.02 + 0.98 * left)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            batch = pixels[torch.tensor([owners[i] for i in chosen], device=device)]
-            now = _loss(model, wording, batch, [encoded[i] for i in chosen])
+        batch = pixels[torch.tensor([owners[i] for i in chosen], device=device)]
+        length = longest[len(batch[0])] if device.type == "cuda" else 0  # one shape, one graph
+        now = _loss(model, wording, graphs, batch, [encoded[i] for i in chosen], length)
         optimizer.zero_grad(set_to_none=True)
         now.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -190,23 +195,41 @@ def _pixels(drawings: list[Drawing]) -> tuple[torch.Tensor, list[list[int]]]:
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), owners
 
 
-def _loss(model, wording: Wording, pixels: torch.Tensor, encoded: list[tuple[list[int], list[int]]]) -> torch.Tensor:
-    """Cross-entropy of the answers. pixels uint8 [batch, frames, 3, size, size]; encoded: (tail, answer) ids of each."""
-    batch, frames = pixels.shape[:2]
-    device = pixels.device
-    mean, deviation = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, DEVIATION))
-    normal = (pixels.flatten(0, 1).float() / 255 - mean) / deviation
-    config = model.config
-    features = model.model.get_image_features(
-        normal, vision_feature_layer=config.vision_feature_layer,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-    )  # fmt: skip
-    features = torch.stack(list(features.pooler_output))
-    features = features.view(batch, frames, -1, features.shape[-1])
-    packed = wording.pack(encoded)
-    hidden = model.model.language_model(
-        inputs_embeds=wording.embed(model.get_input_embeddings(), features, packed.ids.to(device)), use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    start = hidden.shape[1] - packed.ids.shape[1]
+class _Seeing(torch.nn.Module):
+    """Vision tower, projector and decoder: last hidden states from pixels uint8 [batch, frames, 3, size, size] and embedded
+    words [batch, words, hidden] of one shape."""
+
+    def __init__(self, model, wording: Wording, tokens: int):
+        super().__init__()
+        self.model, self._wording = model, wording
+        device = model.lm_head.weight.device
+        self.decoder = CausalDecoder(model.model.language_model, torch.arange(tokens, device=device)[None])
+        self.mean, self.deviation = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, DEVIATION))
+
+    def forward(self, pixels: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda, cache_enabled=False):
+            features = self.model.model.get_image_features(
+                (pixels.flatten(0, 1).float() / 255 - self.mean) / self.deviation,
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            )  # fmt: skip
+            features = torch.stack(list(features.pooler_output))
+            features = features.view(*pixels.shape[:2], *features.shape[1:])
+            return self.decoder(self._wording.interleave(words, features))
+
+
+def _loss(model, wording: Wording, graphs: Graphs, pixels: torch.Tensor, encoded: list[tuple[list[int], list[int]]],
+          length: int) -> torch.Tensor:  # fmt: skip
+    """Cross-entropy of the answers. pixels uint8 [batch, frames, 3, size, size]; encoded: (tail, answer) ids of each, padded
+    to `length`."""
+    packed, device, frames = wording.pack(encoded, length), pixels.device, pixels.shape[1]
+    words = model.get_input_embeddings()(wording.words(frames, packed.ids.to(device)))
+    tokens = words.shape[1] + frames * (SIZE // PATCH) ** 2
+    key = (len(pixels), frames, tokens)
+    hidden = graphs.run(key, lambda: _Seeing(model, wording, tokens), pixels, words)
+    start = tokens - packed.ids.shape[1]
     rows, columns, targets = packed.rows.to(device), packed.columns.to(device) + start, packed.targets.to(device)
-    return torch.nn.functional.cross_entropy(model.lm_head(hidden[rows, columns]).float(), targets)
+    with torch.autocast(device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        logits = model.lm_head(hidden[rows, columns])
+    return torch.nn.functional.cross_entropy(logits.float(), targets)

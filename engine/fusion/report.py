@@ -20,7 +20,7 @@ def render(report: Mapping) -> str:
     lines = [f"model {report['model']} on {report['device']}; accuracies on the held-out split", ""]
     lines.append(f"{'domain':<12}{'task':<10}{'metric':<10}{head}  holds  adapter")
     for name, row in report["domains"].items():
-        figures = f"{row['base']:>8.3f}{row['own']:>8.3f}{row['packed']:>8.3f}{row['packed'] - row['base']:>+8.3f}"
+        figures = f"{row['base']:>8.3f}{_figure(row['own'])}{row['packed']:>8.3f}{row['packed'] - row['base']:>+8.3f}"
         figures += f"{row['floor']:>8.3f}  {'yes' if row['holds'] else 'NO':<5}  {row['adapter']}"
         lines.append(f"{name:<12}{row['task']:<10}{row['metric']:<10}{figures}")
     held = sum(row["holds"] for row in report["domains"].values())
@@ -38,8 +38,8 @@ def render(report: Mapping) -> str:
     if report["decoded"]:
         lines += ["", f"{'own adapter':<12}{'head':>8}{'decoded':>9}  tokens decoded without the head"]
     for name, row in report["decoded"].items():
-        own = report["domains"][name]["own"]
-        lines.append(f"{name:<12}{own:>8.3f}{row['accuracy']:>9.3f}  {row['answer_tokens']:.1f}")
+        own = _figure(report["domains"][name]["own"])
+        lines.append(f"{name:<12}{own}{row['accuracy']:>9.3f}  {row['answer_tokens']:.1f}")
     best = report["yardstick"]
     if best is not None:
         found = f"search {best['search']} adapters in {best['search_attempts']} attempts"
@@ -48,6 +48,10 @@ def render(report: Mapping) -> str:
     lines += ["", f"{'cost':<18}{'runs':>6}{'steps':>8}{'minutes':>9}"]
     lines += [f"{k:<18}{c['runs']:>6}{c['steps']:>8}{c['minutes']:>9.2f}" for k, c in report["cost"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _figure(value: float | None) -> str:
+    return f"{value:>8.3f}" if value is not None else f"{'-':>8}"
 
 
 def _packing_line(name: str, packing: Mapping, steps_to: Mapping[str, int], adapters: int, missed: int) -> str:
@@ -62,7 +66,7 @@ def curves(report: Mapping) -> dict[str, dict[str, list[tuple[int, float]]]]:
     for attempt in report["attempts"]:
         for name, accuracy in attempt["accuracies"].items():
             domain = report["domains"][name]
-            if domain["own_decide"] > 0:
+            if domain["own_decide"]:
                 share = accuracy / domain["own_decide"]
                 kinds = TITLES if attempt["kind"] == "own" else (attempt["kind"],)
                 for kind in kinds:

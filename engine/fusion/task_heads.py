@@ -76,7 +76,7 @@ class Head(nn.Module):
     def box_loss(self, hidden: torch.Tensor, domain: Domain, wanted: Sequence[Sequence[Box]]) -> torch.Tensor:
         """DETR's loss. hidden [batch, queries, hidden]; at most as many boxes as queries are matched."""
         logits, boxes = self.logits(hidden), corners_of(linear(hidden.float(), self.boxes, self.boxes_bias).sigmoid())
-        pairs = match(logits, boxes, self._targets(domain, wanted, hidden.device))
+        pairs = match(logits, boxes, *self._targets(domain, wanted))
         targets = torch.full(logits.shape[:2], len(self.rows) - 1, device=hidden.device)
         weight = torch.ones(len(self.rows), device=hidden.device)
         weight[-1] = NO_OBJECT_WEIGHT
@@ -89,13 +89,12 @@ class Head(nn.Module):
             loss = loss + GIOU_WEIGHT * (1 - giou(found, corners)).mean()
         return loss
 
-    def _targets(self, domain: Domain, wanted: Sequence[Sequence[Box]], device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        result = []
-        for boxes in wanted:
-            kinds = torch.tensor([self.rows.index(f"{domain.name}/{b.label}") for b in boxes[:QUERIES]], dtype=torch.int64)
-            corners = torch.tensor([b[1:5] for b in boxes[:QUERIES]], dtype=torch.float32).view(-1, 4)
-            result.append((kinds.to(device), corners.to(device)))
-        return result
+    def _targets(self, domain: Domain, wanted: Sequence[Sequence[Box]]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Of all images' boxes in turn: rows int64 [n], corners [n, 4]; and how many each image has. On the CPU."""
+        kept = [boxes[:QUERIES] for boxes in wanted]
+        rows = [self.rows.index(f"{domain.name}/{box.label}") for boxes in kept for box in boxes]
+        corners = torch.tensor([box[1:5] for boxes in kept for box in boxes], dtype=torch.float32).view(-1, 4)
+        return torch.tensor(rows, dtype=torch.int64), corners, [len(boxes) for boxes in kept]
 
     @torch.no_grad()
     def labels(self, last: torch.Tensor, domain: Domain) -> list[str]:
@@ -144,28 +143,25 @@ def giou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def match(logits: torch.Tensor, boxes: torch.Tensor, targets: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+def match(logits: torch.Tensor, boxes: torch.Tensor, kinds: torch.Tensor, corners: torch.Tensor, counts: Sequence[int]):
     """Hungarian matching of queries to boxes: (images, queries, kinds int64 [pairs], corners [pairs, 4]), on the device.
 
-    logits [batch, queries, rows], boxes [batch, queries, 4] corners, targets: (kinds [n], corners [n, 4]) of each image.
+    logits [batch, queries, rows], boxes [batch, queries, 4] corners; of the targets of all images in turn kinds [n] and
+    corners [n, 4], and how many each image has.
     """
     from scipy.optimize import linear_sum_assignment
 
-    counts = [len(kinds) for kinds, _ in targets]
-    kinds, corners = torch.cat([k for k, _ in targets]), torch.cat([c for _, c in targets])
+    kinds, corners = kinds.to(boxes.device), corners.to(boxes.device)
     chances = logits.softmax(-1)[:, :, kinds]  # against the boxes of all images: one transfer to the host
     distance = (boxes[:, :, None] - corners).abs().sum(-1)
-    cost = (L1_WEIGHT * distance - chances - GIOU_WEIGHT * giou(boxes[:, :, None], corners)).cpu()
-    images, queries, which, start = [], [], [], 0
+    cost = (L1_WEIGHT * distance - chances - GIOU_WEIGHT * giou(boxes[:, :, None], corners)).cpu().numpy()
+    pairs, start = [], 0
     for image, count in enumerate(counts):
-        rows, columns = linear_sum_assignment(cost[image, :, start : start + count].numpy())
-        images += [image] * len(rows)
-        queries += rows.tolist()
-        which += (columns + start).tolist()
+        rows, columns = linear_sum_assignment(cost[image, :, start : start + count])
+        pairs += [(image, query, target + start) for query, target in zip(rows, columns, strict=True)]
         start += count
-    index = torch.tensor(which, dtype=torch.int64, device=logits.device)
-    place = (torch.tensor(v, dtype=torch.int64, device=logits.device) for v in (images, queries))
-    return *place, kinds[index], corners[index]
+    images, queries, which = torch.tensor(pairs, dtype=torch.int64).view(-1, 3).T.to(boxes.device)
+    return images, queries, kinds[which], corners[which]
 
 
 def write_head(folder: Path, head: Head, domains: Sequence[Domain], query_ids: Sequence[int]) -> None:

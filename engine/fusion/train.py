@@ -43,8 +43,6 @@ PROGRESS = 0.02
 ACTIVATION_BYTES = 40 << 30
 BYTES_PER_ACTIVATION = 34
 """Kept for the backward pass per token, layer and hidden unit in 16 bit (Korthikanti et al. 2022, without dropout masks)."""
-MATH_ATTENTION_BELOW = 1024
-"""Hidden sizes that can afford attention in plain matrices, whose gradient is the same each time."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +133,11 @@ def new_head(bench: Workbench, domains: Sequence[str], seed: int) -> Head:
 
 
 def repeatable(bench: Workbench):
-    """A context in which a small model's training is the same each time."""
+    """A context in which a small model's training is the same each time: it can afford attention in plain matrices."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backends = [SDPBackend.MATH]
-    if bench.device.type == "cuda" and bench.model.shape.hidden >= MATH_ATTENTION_BELOW:
+    if bench.device.type == "cuda" and not bench.graphed:
         backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(backends)
 
@@ -301,8 +299,13 @@ class _Run:
 
 
 def examples_at_once(bench: Workbench, name: str) -> int:
-    """Examples whose activations fit ACTIVATION_BYTES; a larger batch is split and its gradients are summed."""
+    """Examples whose activations fit ACTIVATION_BYTES; a larger batch is split and its gradients are summed.
+
+    A model small enough for graphs is never split: a graph's gradients lie in its own memory, where no sum may be kept.
+    """
     shape, sample = bench.model.shape, bench.sample(name, "train")
+    if bench.graphed:
+        return len(sample)
     tokens = sample.features.shape[1] * shape.image_tokens + max(map(len, sample.queried)) + max(map(len, sample.answers))
     return max(1, ACTIVATION_BYTES // (tokens * shape.layers * shape.hidden * BYTES_PER_ACTIVATION))
 
@@ -312,13 +315,14 @@ def batch_loss(bench: Workbench, head: Head | None, name: str, index: Sequence[i
     sample = bench.sample(name, "train")
     domain = sample.domain
     if head is None or not domain.head:
-        packed = bench.wording.pack([(sample.plain[i], sample.answers[i]) for i in index])
-        hidden = bench.hidden(sample, index, packed)
+        length = sample.answered_length if bench.graphed else 0
+        packed = bench.wording.pack([(sample.plain[i], sample.answers[i]) for i in index], length)
+        hidden = bench.training_hidden(sample, index, packed)
         rows, columns, targets = (t.to(bench.device) for t in (packed.rows, packed.columns, packed.targets))
         return torch.nn.functional.cross_entropy(bench.model.hf.lm_head(hidden[rows, columns]).float(), targets)
     tails = sample.queried if domain.boxed else sample.plain
-    packed = bench.wording.pack([(tails[i], []) for i in index])
-    hidden = bench.hidden(sample, index, packed)
+    packed = bench.wording.pack([(tails[i], []) for i in index], sample.queried_length if bench.graphed else 0)
+    hidden = bench.training_hidden(sample, index, packed)
     rows = torch.arange(len(index), device=bench.device)
     last = packed.last.to(bench.device)
     if not domain.boxed:

@@ -8,6 +8,7 @@ It knows ids and text, not what a domain is.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Wording:
         self.between = [*self._behind, *opening]
         end = min([i for i in tokenizer.all_special_ids if i > 1000] + [image_token_id])
         self.query_ids = list(range(end - QUERIES, end))
+        self._fixed: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def _ids(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
@@ -64,25 +66,30 @@ class Wording:
         cut = ids[: ids.index(self.eos)] if self.eos in ids else ids
         return self.tokenizer.decode(cut, skip_special_tokens=True).strip()
 
-    def embed(self, embedding: torch.nn.Module, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """[batch, length, hidden] from features [batch, frames, image tokens, hidden] and ids [batch, tail and more]."""
-        batch, frames = features.shape[:2]
-        parts = []
-        for frame in range(frames):
-            words = self.lead if frame == 0 else self.between
-            if words:
-                parts.append(embedding(torch.tensor(words, device=ids.device)).expand(batch, -1, -1))
-            parts.append(features[:, frame])
-        parts.append(embedding(ids))
-        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=1)
+    def words(self, frames: int, ids: torch.Tensor) -> torch.Tensor:
+        """All ids of a prompt but the images': the lead, what stands between images, then `ids` [batch, tail and more]."""
+        fixed = self.lead + self.between * (frames - 1)
+        key = (frames, ids.device)
+        if key not in self._fixed:
+            self._fixed[key] = torch.tensor(fixed, dtype=torch.int64, device=ids.device)
+        return torch.cat([self._fixed[key].expand(len(ids), -1), ids], 1)
+
+    def interleave(self, words: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """[batch, length, hidden] from embedded `words` and features [batch, frames, image tokens, hidden]."""
+        parts, start = [], 0
+        for frame in range(features.shape[1]):
+            end = start + len(self.between if frame else self.lead)
+            parts += [words[:, start:end], features[:, frame].to(words.dtype)]
+            start = end
+        return torch.cat([*parts, words[:, start:]], dim=1)
 
     def image_starts(self, frames: int, image_tokens: int) -> tuple[int, ...]:
         """Where each image begins in a prompt."""
         return tuple(len(self.lead) + i * (image_tokens + len(self.between)) for i in range(frames))
 
-    def pack(self, encoded: list[tuple[list[int], list[int]]]) -> Packed:
-        """(tail, answer) ids of a batch as tensors on the CPU. An answer may be empty."""
-        longest = max(len(tail) + len(answer) for tail, answer in encoded)
+    def pack(self, encoded: Sequence[tuple[list[int], list[int]]], length: int = 0) -> Packed:
+        """(tail, answer) ids of a batch as tensors on the CPU, at least `length` long. An answer may be empty."""
+        longest = max(length, *(len(tail) + len(answer) for tail, answer in encoded))
         ids = torch.full((len(encoded), longest), self.eos)
         rows, columns, targets = [], [], []
         for row, (tail, answer) in enumerate(encoded):

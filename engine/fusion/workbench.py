@@ -11,12 +11,15 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from engine.fusion import checkpoint
 from engine.fusion.domains import SPLITS, Domain, DomainError
+from engine.fusion.graphed import SMALL, CausalDecoder, Graphs
 from engine.fusion.metrics import Box
 from engine.fusion.wording import Packed, Wording, boxes_text
 from engine.images import ImageError, load_image
@@ -26,6 +29,9 @@ from engine.positions import prompt_positions
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj)"
 """The language model's attention projections alone: the bare names would also hit LLaVA's vision tower."""
 DEVICE_FEATURE_BYTES = 24 << 30
+STORED_BYTES = 1 << 29
+"""Features of a split up to this size are stored, so that each process need not open and encode the images again."""
+PAD = 8
 ENCODE_BATCH = 64
 NO_OBJECT = "no object"
 
@@ -50,23 +56,43 @@ class Sample:
     def __len__(self) -> int:
         return len(self.plain)
 
+    @cached_property
+    def answered_length(self) -> int:
+        """Ids that the longest tail with its answer has, in whole blocks of PAD: the shape of a graphed batch."""
+        return -(-max(len(t) + len(a) for t, a in zip(self.plain, self.answers, strict=True)) // PAD) * PAD
+
+    @cached_property
+    def queried_length(self) -> int:
+        """The same of the tails with query positions."""
+        return -(-max(map(len, self.queried)) // PAD) * PAD
+
 
 @dataclass
 class Workbench:
-    """model: frozen. peft: the same with one LoRA adapter in place. wording: its prompts. deadline: on time.monotonic."""
+    """model: frozen. peft: the same with one LoRA adapter in place. wording: its prompts. deadline: on time.monotonic.
+
+    graphs: of training steps. store: a folder for features, of this model and these domains alone; None keeps none.
+    """
 
     model: Model
     wording: Wording
     peft: torch.nn.Module
     domains: tuple[Domain, ...]
     log: Callable[[str], None]
+    graphs: Graphs
     deadline: float | None = None
+    store: Path | None = None
     _samples: dict[tuple[str, str], Sample] = field(default_factory=dict)
     _feature_bytes: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def graphed(self) -> bool:
+        """True where training steps run as graphs, and batches are padded to shapes that do not change."""
+        return self.device.type == "cuda" and self.model.shape.hidden < SMALL
 
     @property
     def lora(self) -> dict[str, torch.nn.Parameter]:
@@ -87,7 +113,7 @@ class Workbench:
         frames = len(examples[0].images)
         if any(len(example.images) != frames for d in domain.examples.values() for example in d):
             raise DomainError(f"{domain.name}: clips of different length; cut all of them to {frames} frames")
-        features = self._features([path for example in examples for path in example.images])
+        features = self._features(f"{domain.name}-{split}", [path for example in examples for path in example.images])
         features = features.view(len(examples), frames, *features.shape[1:])
         wording, plain, queried, answers, boxes = self.wording, [], [], [], []
         for example in examples:
@@ -101,15 +127,29 @@ class Workbench:
         self.log(f"encoded {domain.name} {split}: {len(examples)} examples")
         return Sample(domain, features, plain, queried, answers, labels, boxes, [example.answers for example in examples])
 
-    def _features(self, paths: Sequence[Path]) -> torch.Tensor:
+    def _features(self, name: str, paths: Sequence[Path]) -> torch.Tensor:
+        """[images, image tokens, hidden], encoded or, where another process has done that, read."""
         shape = self.model.shape
         size = len(paths) * shape.image_tokens * shape.hidden * self.model.dtype.itemsize
         if size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2:
             raise DomainError(f"{paths[0].parent}: features of {len(paths)} images take {size >> 30} GiB; use fewer rows")
         fits = self._feature_bytes + size <= DEVICE_FEATURE_BYTES
         self._feature_bytes += size if fits else 0
-        kept = torch.empty(len(paths), shape.image_tokens, shape.hidden, dtype=self.model.dtype,
-                           device=self.device if fits else "cpu")  # fmt: skip
+        place = self.device if fits else torch.device("cpu")
+        if self.store is None or size > STORED_BYTES:
+            return self._encoded(paths, place)
+        stored = self.store / f"{name}.safetensors"
+        with checkpoint.locked(stored, self.deadline):
+            found = checkpoint.load(stored)
+            if found is not None:
+                return found[0]["features"].to(place)
+            encoded = self._encoded(paths, place)
+            checkpoint.save(stored, {"features": encoded}, {})
+        return encoded
+
+    def _encoded(self, paths: Sequence[Path], place: torch.device) -> torch.Tensor:
+        shape = self.model.shape
+        kept = torch.empty(len(paths), shape.image_tokens, shape.hidden, dtype=self.model.dtype, device=place)
         for start in range(0, len(paths), ENCODE_BATCH):
             try:
                 pixels = torch.stack([load_image(path, shape) for path in paths[start : start + ENCODE_BATCH]])
@@ -139,13 +179,31 @@ class Workbench:
     # -- running --
     def hidden(self, sample: Sample, index: Sequence[int], packed: Packed, cache=None) -> torch.Tensor:
         """Last hidden states [batch, length of ids, hidden] at the positions of `packed.ids`, after lead and images."""
+        embedded = self.embedded(sample, index, packed)
+        positions = self.positions(len(sample.features[0]), embedded.shape[1], len(index))
+        out = self.model.hf.model.language_model(
+            inputs_embeds=embedded, position_ids=positions, past_key_values=cache, use_cache=cache is not None
+        )
+        return out.last_hidden_state[:, embedded.shape[1] - packed.ids.shape[1] :]
+
+    def training_hidden(self, sample: Sample, index: Sequence[int], packed: Packed) -> torch.Tensor:
+        """The same for a step of training: of a small model on a GPU by a graph (`engine.fusion.graphed`)."""
+        if not (self.graphed and self.peft.training):
+            return self.hidden(sample, index, packed)
+        embedded = self.embedded(sample, index, packed)
+        key = (*embedded.shape[:2], len(sample.features[0]))
+
+        def make() -> CausalDecoder:
+            positions = self.positions(len(sample.features[0]), embedded.shape[1], len(index))
+            return CausalDecoder(self.model.hf.model.language_model, positions)
+
+        return self.graphs.run(key, make, embedded)[:, embedded.shape[1] - packed.ids.shape[1] :]
+
+    def embedded(self, sample: Sample, index: Sequence[int], packed: Packed) -> torch.Tensor:
+        """Embeddings [batch, length, hidden] of whole prompts: lead, images, `packed.ids`."""
         features = sample.features[torch.as_tensor(index, device=sample.features.device)].to(self.device)
-        language = self.model.hf.model.language_model
-        ids = packed.ids.to(self.device)
-        embedded = self.wording.embed(language.embed_tokens, features, ids)
-        positions = self.positions(features.shape[1], embedded.shape[1], len(index))
-        out = language(inputs_embeds=embedded, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
-        return out.last_hidden_state[:, embedded.shape[1] - ids.shape[1] :]
+        words = self.wording.words(features.shape[1], packed.ids.to(self.device))
+        return self.wording.interleave(self.model.hf.model.language_model.embed_tokens(words), features)
 
     def positions(self, frames: int, tokens: int, batch: int) -> torch.Tensor:
         """[batch, tokens], or [3, batch, tokens] for Qwen2-VL."""
@@ -168,7 +226,7 @@ class Workbench:
 
 
 def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: int, alpha: float, dropout: float,
-                   device: str, deadline: float | None = None,
+                   device: str, deadline: float | None = None, store: Path | None = None,
                    log: Callable[[str], None] = lambda line: None) -> Workbench:
     """The checkpoint in `directory` (bf16 on a GPU, float32 on a CPU) with an empty LoRA adapter. ModelError if unfit."""
     from peft import LoraConfig, get_peft_model
@@ -185,7 +243,7 @@ def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: 
     with torch.random.fork_rng([]):
         peft = get_peft_model(model.hf, config)
     wording = Wording(model.shape.family, tokenizer, model.shape.image_token_id)
-    return Workbench(model, wording, peft, domains, log, deadline)
+    return Workbench(model, wording, peft, domains, log, Graphs(log), deadline, store)
 
 
 def digest_of(directory: Path, domains: Sequence[Domain]) -> str:

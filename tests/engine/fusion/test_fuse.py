@@ -29,6 +29,7 @@ from engine.fusion.checkpoint import OutOfTime  # noqa: E402
 from engine.fusion.domains import load_domains  # noqa: E402
 from engine.fusion.evaluate import predict  # noqa: E402
 from engine.fusion.fuse import Options, fuse  # noqa: E402
+from engine.fusion.graphed import CausalDecoder, Graphs  # noqa: E402
 from engine.fusion.report import curves, draw, render  # noqa: E402
 from engine.fusion.task_heads import Head, corners_of, giou, match  # noqa: E402
 from engine.fusion.train import Recipe  # noqa: E402
@@ -42,7 +43,7 @@ BASE = pretrain.Size(32, 2, 64, 2, 4, steps=6, batch=8, drawings=60, checkpoint_
 RECIPE = Recipe(rank=8, alpha=16.0, learning_rate=1e-2, batch=12, steps=40, check_every=10)
 WORDS = ["what is shown is it red where is it yes no spot lava moss ice"]
 OPTIONS = Options(RECIPE, None, ("heuristic", "decoded"), yardstick=2)
-ARGUMENTS = ("--rank", "8", "--steps", "24", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu")
+ARGUMENTS = ("--rank", "8", "--steps", "24", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu", "--workers", "1")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -239,6 +240,37 @@ def test_pre_training_goes_on_where_it_was(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_workers_make_the_same_bytes_as_one(world, tmp_path):
+    base, yaml = world
+    options = Options(replace(RECIPE, steps=16), None, ("heuristic", "decoded"), yardstick=2)
+    reports = [fuse(base, yaml, tmp_path / str(n), replace(options, workers=n), device="cpu") for n in (1, 2)]
+    for report in reports:
+        del report["cost"]  # minutes
+    assert reports[0] == reports[1]
+    one, two = (sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*.safetensors")) for n in ("1", "2"))
+    assert one == two
+    assert len([path for path in one if path.parts[0] == "runs"]) > 9
+    assert all((tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes() for path in one)
+
+
+def test_the_decoder_that_graphs_capture_computes_what_the_model_computes(world):
+    """Explicit mask and positions, batch padded to a fixed length, against the model as transformers calls it."""
+    base, yaml = world
+    bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
+    sample = bench.sample("red", "train")
+    pairs = [(sample.plain[i], sample.answers[i]) for i in range(6)]
+    packed, padded = bench.wording.pack(pairs), bench.wording.pack(pairs, sample.answered_length)
+    assert padded.ids.shape[1] == sample.answered_length > packed.ids.shape[1]
+    embedded = bench.embedded(sample, range(6), padded)
+    positions = bench.positions(1, embedded.shape[1], 6)
+    graphs = Graphs(pytest.fail)
+    found = graphs.run((6,), lambda: CausalDecoder(bench.model.hf.model.language_model, positions), embedded)
+    start = embedded.shape[1] - padded.ids.shape[1]
+    expected = bench.hidden(sample, range(6), packed)
+    torch.testing.assert_close(found[:, start : start + packed.ids.shape[1]], expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_killed_in_a_training_it_ends_the_same(world, tmp_path):
     """SIGKILL at the first checkpoint, then to the end: the same bytes as without."""
     base, yaml = world
@@ -327,10 +359,10 @@ def test_a_batch_too_large_for_the_memory_is_split(world, tmp_path, monkeypatch)
 
 def test_matching_pairs_each_box_with_the_best_query():
     boxes = corners_of(torch.tensor([[[0.2, 0.2, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2]]]))
-    targets = [(torch.tensor([1, 0]), corners_of(torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]])))]
-    images, queries, kinds, _ = match(torch.zeros(1, 3, 3), boxes, targets)
+    corners = corners_of(torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]]))
+    images, queries, kinds, _ = match(torch.zeros(1, 3, 3), boxes, torch.tensor([1, 0]), corners, [2])
     assert (images.tolist(), sorted(zip(queries.tolist(), kinds.tolist(), strict=True))) == ([0, 0], [(0, 0), (2, 1)])
     assert giou(boxes[0, 0], boxes[0, 0]) == pytest.approx(1.0)
     assert -1 < float(giou(boxes[0, 0], boxes[0, 1])) < 0
-    none = match(torch.zeros(1, 3, 3), boxes, [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))])
+    none = match(torch.zeros(1, 3, 3), boxes, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), [0])
     assert len(none[0]) == 0
