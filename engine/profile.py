@@ -233,7 +233,7 @@ class Run:
         shape = model.shape
         golden = _target_bytes(self._decoder, TARGETS[args.targets])
         weights = sum(parameter.nbytes for parameter in model.hf.parameters())
-        pool = engine.ledger.pool.pages * engine.page_bytes
+        pages = engine.ledger.pool.pages + (engine.ledger.pool.adapter_room or 0)  # the simulator's pool holds adapters, too
         if model.device.type == "cuda":
             device = torch.cuda.get_device_properties(model.device).total_memory
         else:
@@ -243,7 +243,7 @@ class Run:
             "video_images": 3 if shape.family == "llava" else 6, "kv_bytes_per_token": shape.kv_bytes_per_token(model.dtype),
             "adapter_bytes_per_rank": adapter_bytes_per_rank(shape, TARGETS[args.targets], model.dtype),
             "weights_bytes": weights, "golden_bytes": golden, "device_bytes": device,
-            "reserve_bytes": max(0, device - weights - golden - pool), "steps_ahead": int(stage.cuda),
+            "reserve_bytes": max(0, device - weights - golden - pages * engine.page_bytes), "steps_ahead": int(stage.cuda),
             "stairs": engine.runner.graphs is not None, "adapters": max(2, args.adapters), "rank": rank,
             "grid": asdict(Grid.of(stage, quick=args.quick)), "limits": asdict(stage.config.limits), "seed": args.seed,
             "targets": args.targets, "device": describe_device(model.device),

@@ -245,7 +245,7 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
             yield (f"lora {operator} {rank} decode {batch} {several}",
                    lambda stage, n=batch, a=several: decode_scene(stage, "lora", n, NEAR, a, "unmerged"))  # fmt: skip
     for rows in tokens:
-        for several in [a for a in grid.adapters if a * 16 <= rows and a <= adapters]:
+        for several in [a for a in grid.adapters if a * 4 <= rows and a <= adapters]:
             sizes = [(rows // several, 0)] * several
             yield (f"lora {operator} {rank} prefill {rows} {several}",
                    lambda stage, s=sizes, a=several: prefill_scene(stage, "lora", s, (0, 0), a, "unmerged"))  # fmt: skip

@@ -114,9 +114,12 @@ def config_of(record: RunResult) -> SimConfig:
     engine = record.config.get("engine")
     if not engine:
         raise ResultError(f"the record of {record.policy} is no engine's; name what engine replay --output wrote")
+    room = record.counters.get("adapter_room_pages")
     return SimConfig(
         limits=Limits(**engine["limits"]), operator=engine["operator"], page_tokens=engine["page_tokens"],
         prefix_cache=engine["prefix_cache"], pages=int(record.counters["pool_pages"]), switch=ENGINE_SWITCH,
+        adapter_bytes=None if room is None else int(room) * int(record.counters["page_bytes"]),
+        pins=tuple(engine.get("pins", ())), closed_loop=engine.get("closed_loop", 0),
     )  # fmt: skip
 
 
