@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from traces.options import add_trace_arguments, count, positive, ranks
+from traces.options import add_trace_arguments, count, names, positive, ranks
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
 TARGETS = {"attention": ("qkv", "o"), "all": ("qkv", "o", "gate_up", "down")}
@@ -24,7 +24,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapter-dir", metavar="DIR", help="folder with one PEFT folder an adapter, by name (default: random adapters)")
 
 
-def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str]) -> None:
+def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str], closed_loop: int = 0) -> None:
     """Options of `replay`: the simulator's for traces, policies and output, and the engine's own."""
     add = parser.add_argument
     add("--policy", default="valora", metavar="NAME[,NAME...]", help="one, or several in turn: " + ", ".join(policies))
@@ -37,6 +37,12 @@ def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str
     add("--profile", metavar="FILE", help="latency profile that policies predict with (default: the model's)")
     add("--operator", metavar="NAME", help="LoRA operator for every policy (default: each policy's own)")
     add("--memory-share", type=positive, default=1.0, metavar="F", help="share of the free memory to use (default 1)")
+    add("--adapter-memory", type=positive, metavar="GIB",
+        help="memory of the adapters (default: what all of them need, up to a quarter of the free memory)")  # fmt: skip
+    add("--pin", type=names, default=(), metavar="NAME[,NAME...]", help="adapters that are there from the start and stay")
+    add("--closed-loop", type=count, default=closed_loop, metavar="N",
+        help="N requests in flight, one arrives when one ends"
+        + (f" (default {closed_loop})" if closed_loop else " (default: they arrive by the trace)"))  # fmt: skip
     add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
     add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
     add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")

@@ -66,7 +66,7 @@ class Driver:
 
     prompts: what requests say, by id; made up for the others. arrivals: where requests come from; by the trace's times if
     absent. reasons: why requests failed, by id. stop: set it to end the run at the next step boundary. commands: what to
-    call between two leases, soon (`engine.residents`). gone: adapters that were taken out.
+    call between two leases, soon; watchers: what to call between any two (`engine.residents`). gone: adapters taken out.
     """
 
     def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost | None, journal: Journal, clock: Clock,
@@ -77,6 +77,7 @@ class Driver:
         self.reasons: dict[int, str] = {}
         self.stop = False
         self.commands: deque[Callable[[], None]] = deque()
+        self.watchers: list[Callable[[], None]] = []
         self.gone: set[int] = set()
         self.last_ps = 0  # when the last step ended
         self.last_arrival_ns = 0  # by the trace
@@ -136,6 +137,8 @@ class Driver:
         while not self.stop:
             while self.commands:
                 self.commands.popleft()()
+            for watch in self.watchers:
+                watch()
             self._receive()
             if not self.ledger.has_work():
                 if self._arrivals.done:
@@ -275,6 +278,9 @@ def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_by
     if pool.adapter_room is not None:
         counters["adapter_room_pages"] = pool.adapter_room
     notes = list(config["notes"])
+    if config.get("engine", {}).get("closed_loop"):
+        most = config["engine"]["closed_loop"]
+        notes.append(f"closed loop: {most} requests in flight, the trace's arrival times are not used")
     if driver.arrived < len(trace):
         notes.append(f"interrupted: {driver.arrived} of {len(trace)} requests had arrived")
     for request, reason in list(driver.reasons.items())[:20]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.arrivals import ClosedLoop
 from engine.attention import warm
 from engine.build import Adapters, Engine, build, find_adapters
 from engine.clock import MockedClock, WallClock
@@ -28,7 +29,7 @@ from engine.models import MODELS, Model, ModelError, load_model
 from engine.options import TARGETS
 from engine.progress import Progress
 from engine.replay import Driver, EngineConfig, record, resolved, stripped
-from policies import Policy, make_policies
+from policies import Policy, make_policies, residency
 from policies.profile import Profile, ProfileError, load_profile
 from policies.view import Limits
 from traces.options import load_trace, with_slo
@@ -51,6 +52,7 @@ def replay(args: argparse.Namespace) -> int:
     model = model_of(args)
     config = engine_config(args, model)
     trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
+    residency.numbers_of(config.pins, trace.adapters)  # a wrong name is answered before the work begins
     profile = find_profile(args.profile, model)
     found = find_adapters(trace.adapters, model, config.targets, args.adapter_dir, args.seed)
     for name, reason in found.reasons.items():
@@ -93,10 +95,13 @@ class Session:
         trace = stripped(self.trace, policy)
         engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config)
         seconds = warm_up(engine, policy, trace, config, warmup)
-        print(f"{policy.name}: warmed up in {seconds:.1f} s, {engine.ledger.pool.pages} KV pages", file=sys.stderr)
+        print(f"{policy.name}: warmed up in {seconds:.1f} s, {_memory(engine)}", file=sys.stderr)
+        if not getattr(policy, "strips_adapters", False):
+            engine.hold(config.pins)
+        arrivals = ClosedLoop(trace, config.closed_loop) if config.closed_loop else None
         driver = Driver(
             trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
-            check_invariants=config.check_invariants, progress=progress.update,
+            check_invariants=config.check_invariants, progress=progress.update, arrivals=arrivals,
         )  # fmt: skip
         if signals.asked:
             return None
@@ -109,6 +114,12 @@ class Session:
         result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
         return result
+
+
+def _memory(engine: Engine) -> str:
+    lora = engine.runner.lora.pool
+    held = sum(factors.nbytes for half in (lora.a, lora.b) for factors in half.values())
+    return f"{engine.ledger.pool.pages} KV pages, {held / 2**30:.2f} GiB for adapters"
 
 
 @contextmanager
@@ -200,7 +211,8 @@ def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         limits=Limits(args.max_batch, args.max_batch_tokens, context), operator=args.operator,
         page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
         targets=TARGETS[args.targets], graphs=not args.no_graphs, seed=args.seed, keep_steps=args.output is not None,
-        check_invariants=args.check_invariants,
+        check_invariants=args.check_invariants, pins=args.pin, closed_loop=args.closed_loop,
+        adapter_bytes=None if args.adapter_memory is None else int(args.adapter_memory * 2**30),
     )  # fmt: skip
 
 

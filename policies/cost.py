@@ -105,6 +105,7 @@ class Cost:
         lease = {part: round(profile.lease_us.get(part, 0) * PS_PER_US) for part in LEASE_PARTS}
         lease["base"] += round(profile.decide_us.get(policy, 0) * PS_PER_US)
         self._lease = tuple(lease.values())
+        self.has_host = any(self._lease)  # whether boundaries of leases cost anything
         # Batches repeat; memory stays bounded whatever the trace.
         self.linear_ps = lru_cache(65_536)(lambda tokens: round(self._linear(tokens)))
         self.prefill_linear_ps = lru_cache(65_536)(lambda tokens: round(self._prefill_linear(tokens)))
@@ -114,6 +115,10 @@ class Cost:
         self.prefill_attention_ps = lru_cache(65_536)(self._prefill_attention_ps)
         self.segments = lru_cache(4_096)(self._segments)
         self._decode = lru_cache(65_536)(self._decode_fixed)
+
+    def know(self, adapters: tuple[Adapter, ...]) -> None:
+        """These are all adapters from now on; those that were keep their numbers."""
+        self._adapters = adapters
 
     def _curve(self, name: str, points: list[tuple[float, float]]) -> Curve:
         return Curve(points, name, self.outside)

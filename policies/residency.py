@@ -8,7 +8,6 @@ no files; the caller copies what `bring` reserves.
 from __future__ import annotations
 
 from policies.ledger import Ledger
-from policies.view import WAITING
 from traces.request import Adapter
 
 
@@ -84,12 +83,21 @@ def may_leave(ledger: Ledger, adapter: int) -> bool:
 
 def abandoned(ledger: Ledger, adapter: int) -> list[int]:
     """Requests that wait for `adapter` and never ran, in order of arrival."""
-    return [entry.id for entry in ledger.waiting_by.get(adapter, {}).values() if entry.state == WAITING]
+    return list(ledger.waiting_by.get(adapter, ()))
 
 
 def extend(ledger: Ledger, adapter: Adapter, pages: int) -> int:
-    """Know a new adapter of `pages` pages; its number."""
-    ledger.pool.extend((adapter,), (pages,))
+    """Know a new adapter of `pages` pages; its number. ResidencyError where no request could ever have it."""
+    pool = ledger.pool
+    room = pool.pages if pool.adapter_room is None else pool.adapter_room
+    if pages + sum(pool.adapter_pages[number] for number in pool.pinned) > room:
+        raise ResidencyError(
+            f"adapter {adapter.name!r} takes {pages} pages, the adapters' memory has {room} and pinned ones their part of "
+            "them; unpin some, or start with a larger --adapter-memory"
+        )
+    pool.extend((adapter,), (pages,))
+    if ledger._view.cost is not None:
+        ledger._view.cost.know(pool.adapters)
     return len(ledger.pool.adapters) - 1
 
 

@@ -60,6 +60,27 @@ def test_replay_writes_what_the_simulator_writes(replay, tmp_path, capsys):
     assert slora.config["notes"]
 
 
+def test_replay_in_a_closed_loop_with_a_pinned_adapter_and_a_memory_for_one_more(replay, tmp_path, capsys):
+    out = tmp_path / "results"
+    command = [*replay, "--policy", "slora,base", "--adapters", "4", "--ranks", "16", "--max-requests", "16"]
+    command += ["--time-scale", "9", "--closed-loop", "3", "--pin", "adapter-002", "--adapter-memory", "0.000125"]
+    assert main([*command, "--output", str(out)]) == 0
+    assert "0.00 GiB for adapters" in capsys.readouterr().err
+    slora, base = read_results(out)
+    for run in (slora, base):
+        table = run.requests
+        assert (table["status"] == 0).all()
+        events = [(at, 1) for at in table["arrival_ns"]] + [(at, -1) for at in table["finish_ns"]]
+        in_flight = np.cumsum([change for _, change in sorted(events)])
+        assert in_flight.max() == 3
+        assert (in_flight[2:-3] >= 2).all(), "one arrives when one ends"
+        assert any(note.startswith("closed loop: 3 requests in flight") for note in run.config["notes"])
+    assert slora.counters["adapter_evictions"] > 0
+    assert slora.config["engine"]["pins"] == ["adapter-002"]
+    hits = slora.counters["adapter_hits"]
+    assert hits >= (slora.requests["adapter"] == 2).sum() > 0
+
+
 def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
     folder = str(tmp_path / "adapters")
     made = ["make-adapters", "--model", "tiny-llava", "--out", folder, "--adapters", "2", "--ranks", "4,8"]
@@ -82,6 +103,8 @@ def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
         (["--policy", "valro"], "did you mean 'valora'?"),
         (["--operator", "atm"], "unknown operator 'atm'"),
         (["--max-context", "9999"], "--max-context 9999 is above the model's 512"),
+        (["--pin", "cats"], "--pin cats: the trace has no such adapter; there are adapter-000, adapter-001"),
+        (["--adapter-memory", "1e-9"], "change --adapter-memory or take smaller ranks"),
         (["--page-tokens", "24"], "must divide 64"),
         (["--device", "cuda"], "torch finds no GPU"),
         (["--dtype", "bfloat16"], "right in float32 only"),

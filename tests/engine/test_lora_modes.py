@@ -177,20 +177,58 @@ def test_the_yardstick_of_peft_runs():
     assert peft_step_us(model, requests=3, context=8, adapters=2, rank=4, repeats=2) > 0
 
 
-def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace):
-    """More adapters than the pool holds at once: evictions and reloads into the same rows change no answer."""
+@pytest.mark.parametrize("policy", ["slora", "valora"])
+def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace, policy):
+    """More adapters than their memory holds at once: they are evicted, come back into other rows, and move together where
+    rows are free but scattered; no answer changes."""
     import dataclasses
 
     from traces.request import Adapter
 
-    adapters = tuple(Adapter(f"lora-{i:03d}", (1, 3, 8, 17, 64)[i % 5]) for i in range(200))
+    adapters = tuple(Adapter(f"lora-{i:03d}", (8, 128, 17, 64, 33, 96)[i % 6]) for i in range(200))
     asked = np.random.default_rng(0).integers(0, 200, 60).astype(np.int32)
     asked[30:] = asked[:30]  # everybody comes twice
     requests = dataclasses.replace(trace(60, images=0, output=3, span_ns=60_000_000), adapters=adapters, adapter=asked)
-    expected = world("tiny-llava", requests, pages=4000).logits()
-    per_rank = 2 * 4 * (3 * 64 + 192 + 128)
-    w = world("tiny-llava", requests, pages=60, adapter_bytes=160 * per_rank)
-    for request, rows in w.logits().items():
-        torch.testing.assert_close(rows, expected[request], rtol=0, atol=2e-5)
+    expected = world("tiny-llava", requests, pages=400).logits()
+    rows = 320
+    w = world("tiny-llava", requests, policy, pages=60, adapter_bytes=rows * 2 * 4 * (3 * 64 + 192 + 128))
+    assert w.runner.lora.pool.rows == rows < sum(adapter.rank for adapter in adapters) / 30
+    compact, moves = w.runner.lora.compact, []
+    w.runner.lora.compact = lambda: (moves.append(1), compact())
+    for request, got in w.logits().items():
+        torch.testing.assert_close(got, expected[request], rtol=0, atol=2e-5)
     assert w.ledger.journal.counters["adapter_evictions"] > 10
     assert w.ledger.journal.counters["adapter_loads"] > len(set(asked.tolist()))
+    assert moves
+
+
+def test_a_folded_adapter_that_moved_folds_in_again_right(world, trace):
+    w = world("tiny-llava", trace(1), "valora", adapter_bytes=48 * 2 * 4 * (3 * 64 + 192 + 128))
+    lora, loader = w.runner.lora, w.runner.loader
+    loader.start(0), loader.start(1)
+    loader.drain()
+    lora.installed(0), lora.installed(1)
+    plain = w.decoder.weight((0, "qkv")).clone()
+    lora.fold(1)
+    folded = w.decoder.weight((0, "qkv")).clone()
+    before = lora.pool.offsets[1]
+    lora.evict(0)
+    lora.compact()
+    assert lora.pool.offsets[1] != before
+    assert torch.equal(w.decoder.weight((0, "qkv")), folded)
+    loader.start(2)  # writes where the folded one lay
+    loader.drain()
+    lora.installed(2)
+    for adapter, expected in ((2, None), (1, folded), (-1, plain)):
+        lora.fold(adapter)
+        if expected is not None:
+            torch.testing.assert_close(w.decoder.weight((0, "qkv")), expected, rtol=0, atol=0)
+    lora.evict_all()
+
+
+def test_adapters_that_do_not_fit_their_memory_are_refused_by_name(world, trace):
+    from engine.models import ModelError
+
+    with pytest.raises(ModelError, match="the largest takes 65536; change --adapter-memory"):
+        world("tiny-llava", trace(1), adapter_bytes=1000)
+    assert world("tiny-llava", trace(1), adapter_bytes=1 << 40).runner.lora.pool.rows == 3 * 16, "no more than they need"
