@@ -24,7 +24,7 @@ pytest.importorskip("scipy")
 from peft import load_peft_weights, set_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from engine.fusion import generate_data, pretrain, train  # noqa: E402
+from engine.fusion import generate_data, latency, pretrain, train  # noqa: E402
 from engine.fusion.checkpoint import OutOfTime  # noqa: E402
 from engine.fusion.domains import load_domains  # noqa: E402
 from engine.fusion.evaluate import predict  # noqa: E402
@@ -35,6 +35,7 @@ from engine.fusion.task_heads import Head, corners_of, giou, match  # noqa: E402
 from engine.fusion.train import Recipe  # noqa: E402
 from engine.fusion.workbench import open_workbench  # noqa: E402
 from engine.images import load_image  # noqa: E402
+from engine.models import load_checkpoint  # noqa: E402
 
 SERVED = partial(argparse.Namespace, targets="attention", max_tokens=6, seed=0)
 ROOT = Path(__file__).parents[3]
@@ -153,7 +154,6 @@ def test_a_second_time_everything_is_found_and_nothing_trained(world, fused):
 def test_the_engine_gives_the_same_answers(world, fused):
     """The adapters that were written, served by the engine (ledger, runner, LoRA branch, head): the same answers."""
     from engine.generate import answer
-    from engine.models import load_checkpoint
     from engine.prompts import Prompt
 
     output, report, _ = fused
@@ -210,6 +210,24 @@ def test_a_question_alone_suffices_for_boxes(world, fused, capsys):
         main([*given, example.question])
     assert "query_ids [-1] are not token ids" in capsys.readouterr().err
     told.write_text(before)
+
+
+def test_the_head_answers_in_fewer_steps_than_decoding(world, fused):
+    output, report, _ = fused
+    base, yaml = world
+    bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
+    packing = {name: row["adapter"] for name, row in report["domains"].items()}
+    model = load_checkpoint(base, dtype=torch.float32, device="cpu")
+    found = latency.compare(model, latency.cases_of(model, bench.wording, yaml, packing, output / "adapters", 3))
+    assert [row["case"] for row in found] == ["ground", "spots"]
+    for row in found:
+        assert row["head_steps"] == row["requests"] == 3
+        assert row["decoded_steps"] == 3 * row["answer_tokens"] >= 6
+        assert row["head_ms"] > 0
+        assert row["change_percent"] == 100 * (row["head_ms"] / row["decoded_ms"] - 1)
+    text = latency.render({"model": {"name": "m"}, "device": {"name": "d"}, "cases": found})
+    assert "spots" in text
+    assert "-63 to -41 %" in text
 
 
 def written_head(bench, folder):
