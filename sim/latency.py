@@ -34,7 +34,7 @@ class Run(NamedTuple):
     pieces: Sequence[tuple[int, int, int]]
 
 
-def run(cost: Cost, work: Work, max_steps: int, until_ps: int, *, boundary_ps: int = 0, slow_ps: int = 0,
+def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int = 0, slow_ps: int = 0,
         ahead: int = 0) -> Run:
     """Run `work` until the first step boundary at or after `until_ps` from now, at least one and at most max_steps steps.
 

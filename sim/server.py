@@ -112,8 +112,8 @@ class Server:
             lease, trailing = self._lease, False
             if lease is not None:
                 event_ps = min(self._stirred_ps, lease.until_ps)
-                trailing = lease.left > 0 and ahead > 0 and lease.last_ps < event_ps <= start_ps
-                if not lease.left or (event_ps <= start_ps and not trailing):
+                trailing = ahead > 0 and lease.last_ps < event_ps <= start_ps
+                if event_ps <= start_ps and not trailing:
                     lease = self._lease = None
             if trailing:
                 plan = lease.plan  # the step was under way when it happened
@@ -135,26 +135,37 @@ class Server:
 
     def _run(self, plan: Plan, work: Work, lease: Lease | None, trailing: bool) -> Run:
         """Model what comes next: of a new lease where there is none, else of that one."""
-        start_ps, boundary_ps, begun = self.env.now, 0, False
-        cost = self.cost
-        if lease is None:
-            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-            boundary_ps = cost.lease_ps(
-                work.decodes, len(work.prefills), work.images, self._started, idle=self._busy_ps != start_ps
-            )
-            slow_ps = cost.beside_load_ps(cost.step_ps(work)) if self._loads and cost.profile.load_slowdown else 0
-            lease = self._lease = Lease(plan, 1 if plan.prefills else self.ledger.lease_steps(), until_ps, slow_ps, -1)
-            begun = True
+        start_ps, cost = self.env.now, self.cost
+        if trailing:
+            return self._taken(lease, run(cost, work, 1, 0, 0, lease.slow_ps), start_ps)
+        boundary_ps = slow_ps = 0
+        begins = lease is None
+        if begins:
+            if cost.has_host:
+                idle = self._busy_ps != start_ps
+                boundary_ps = cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
+            if self._loads and cost.profile.load_slowdown:
+                slow_ps = cost.beside_load_ps(cost.step_ps(work))
             self._stirred_ps, self._started = FOREVER_PS, 0
-        elif not trailing:
+            if plan.prefills:  # a lease of one step
+                return run(cost, work, 1, 0, boundary_ps, slow_ps)
+            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+            lease = self._lease = Lease(plan, self.ledger.lease_steps(), until_ps, slow_ps, -1)
+        else:
             lease.left = min(lease.left, self.ledger.lease_steps())
-        most, wake_ps, ahead = 1, 0, 0
-        if self.leap and not trailing:
-            most, ahead = lease.left, cost.profile.steps_ahead
+        if self.leap:
             wake_ps = min(lease.until_ps, self._next_arrival_ps(), self._next_load_ps)
-        jump = run(cost, work, most, wake_ps - start_ps, boundary_ps=boundary_ps, slow_ps=lease.slow_ps, ahead=ahead)
+            jump = run(cost, work, lease.left, wake_ps - start_ps, boundary_ps, lease.slow_ps, cost.profile.steps_ahead)
+        else:
+            jump = run(cost, work, 1, 0, boundary_ps, lease.slow_ps)
+        return self._taken(lease, jump, -1 if begins and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps)
+
+    def _taken(self, lease: Lease, jump: Run, last_ps: int) -> Run:
+        """Note in the lease what was run of it."""
         lease.left -= jump.steps
-        lease.last_ps = -1 if begun and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps
+        lease.last_ps = last_ps
+        if not lease.left:
+            self._lease = None
         return jump
 
     def _decide_watched(self, now_ns: int) -> Plan:
