@@ -64,8 +64,8 @@ def packed(weights: AdapterWeights, projections: dict[str, Projection], layers: 
     for (layer, projection, number), (a, b) in weights.factors.items():
         widths = projections[projection].widths
         start = sum(widths[:number])
-        parts[projection, "a"][layer, number, : weights.rank] = a
-        parts[projection, "b"][layer, : weights.rank, start : start + widths[number]] = b.T
+        parts[projection, "a"][layer, number, : len(a)] = a
+        parts[projection, "b"][layer, : len(a), start : start + widths[number]] = b.T
     return HostAdapter(weights.name, weights.rank, weights.scale, weights.digest, data)
 
 

@@ -1,8 +1,9 @@
 """Adapters on disk in PEFT's format, read with every check made before anything is allocated, and written for replays.
 
 A folder holds adapter_config.json and adapter_model.safetensors. Plain LoRA and rsLoRA on the language model's linears are
-supported; whatever else would change the result (DoRA, biases, other tuners, patterns of ranks ...) is refused by name.
-Pickled weights are never opened. It knows files and shapes, no slots and no requests.
+supported, with ranks and alphas that differ by module (rank_pattern, alpha_pattern); which modules an adapter touches is
+what its weights say. Whatever else would change the result (DoRA, biases, other tuners ...) is refused by name. Pickled
+weights are never opened. It knows files and shapes, no slots and no requests.
 """
 
 from __future__ import annotations
@@ -28,12 +29,17 @@ HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
     "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights", "ensure_weight_tying",
+    "rank_pattern", "alpha_pattern",
 }  # fmt: skip
 """Keys of the configuration that are understood, or do not change what a trained adapter computes."""
 NEUTRAL = {"bias": ("none",)}
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base weights alone; the others (PiSSA, OLoRA ...) need a base model of their own."""
 PLACES = {name: (projection, number) for projection, names in SLICES.items() for number, name in enumerate(names)}
+PATTERN = re.compile(r"[\w.^$|()\[\]\\*+?-]{1,200}")
+HARD = re.compile(r"\)[*+?]")
+"""A pattern of an adapter's is run over a few hundred names; none of these keeps it from taking forever."""
+MOST_REPEATS = 3
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.language_model|language_model\.model|language_model|model)\.layers\.(\d+)\."
     r"(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.lora_([AB])(?:\.\w+)?\.weight"
@@ -54,7 +60,10 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The factors of one adapter: place -> (A [rank, in], B [out, rank]), as PEFT stores them; and what scales them."""
+    """The factors of one adapter: place -> (A [r, in], B [out, r]), as PEFT stores them; and what scales them all.
+
+    rank: the largest r. Where an adapter scales its modules differently, B holds what differs from `scale`.
+    """
 
     name: str
     rank: int
@@ -80,22 +89,52 @@ def read_adapter(root: str | Path, name: str, shape: ModelShape, targets: tuple[
                  rank: int | None = None) -> AdapterWeights:
     """Adapter `name` below `root`, checked. rank: what it must have, if that is known. Raises AdapterError."""
     folder = folder_of(root, name)
-    alpha, r, rslora = _checked_config(folder / CONFIG)
-    if rank is not None and r != rank:
-        raise AdapterError(f"{folder / CONFIG}: r {r}, but rank {rank} was asked for; give the ranks that the adapters have")
+    scaling = _checked_config(folder / CONFIG)
+    if rank is not None and scaling.largest != rank:
+        raise AdapterError(
+            f"{folder / CONFIG}: rank {scaling.largest}, but {rank} was asked for; give the ranks that the adapters have"
+        )
     path = folder / WEIGHTS
     if not path.is_file() or path.is_symlink():
         pickled = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
         why = f"{pickled[0]} is a pickle, which is never loaded; save it as safetensors" if pickled else "it does not exist"
         raise AdapterError(f"{path}: {why}")
-    factors = _read_factors(path, r, shape, targets)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    scale = alpha / r**0.5 if rslora else alpha / r
-    return AdapterWeights(name, r, scale, digest, factors)
+    factors, scale = _read_factors(path, scaling, shape, targets)
+    digest = hashlib.sha256(path.read_bytes() + repr(scaling).encode()).hexdigest()
+    largest = max(a.shape[0] for a, _ in factors.values())
+    return AdapterWeights(name, largest if rank is None else rank, scale, digest, factors)
 
 
-def _checked_config(path: Path) -> tuple[float, int, bool]:
-    """(lora_alpha, r, use_rslora) of a configuration that is plain LoRA."""
+@dataclass(frozen=True)
+class Scaling:
+    """What a configuration says of ranks and scales: r and lora_alpha, and those of modules whose name matches a pattern."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+
+    @property
+    def largest(self) -> int:
+        """The largest rank that a module may have."""
+        return max(self.r, *self.ranks.values()) if self.ranks else self.r
+
+    def of(self, r: int, alpha: float) -> float:
+        """The factor of a branch."""
+        return alpha / r**0.5 if self.rslora else alpha / r
+
+    def at(self, module: str) -> tuple[int, float]:
+        """(r, lora_alpha) of the module of that name, chosen as PEFT 0.21 does (`peft.utils.other.get_pattern_key`)."""
+        return _matching(self.ranks, module, self.r), _matching(self.alphas, module, self.alpha)
+
+
+def _matching(patterns: dict, module: str, default):
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _checked_config(path: Path) -> Scaling:
+    """Ranks and scales of a configuration that is plain LoRA."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -108,25 +147,62 @@ def _checked_config(path: Path) -> tuple[float, int, bool]:
             raise AdapterError(f"{path}: {key} = {json.dumps(value)[:80]} is not supported; plain LoRA and rsLoRA are")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise AdapterError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model; convert it")
-    r, alpha = config.get("r"), config.get("lora_alpha")
+    patterns = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns[key] = config.get(key) or {}
+        if not isinstance(patterns[key], dict):
+            raise AdapterError(f"{path}: {key} {json.dumps(patterns[key])[:80]} is not an object of patterns")
+        for pattern in patterns[key]:
+            _check_pattern(path, key, pattern)
+    _check_rank(path, "r", config.get("r"))
+    _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
+    for pattern, value in patterns["rank_pattern"].items():
+        _check_rank(path, f"rank_pattern {pattern!r}", value)
+    for pattern, value in patterns["alpha_pattern"].items():
+        _check_alpha(path, f"alpha_pattern {pattern!r}", value)
+    return Scaling(
+        config["r"], float(config["lora_alpha"]), config.get("use_rslora") is True, patterns["rank_pattern"],
+        patterns["alpha_pattern"],
+    )  # fmt: skip
+
+
+def _check_rank(path: Path, what: str, r: object) -> None:
     if type(r) is not int or not 1 <= r <= MAX_RANK:
-        raise AdapterError(f"{path}: r {r!r} is not a whole number in 1..{MAX_RANK}")
+        raise AdapterError(f"{path}: {what} {r!r} is not a whole number in 1..{MAX_RANK}")
+
+
+def _check_alpha(path: Path, what: str, alpha: object) -> None:
     if type(alpha) not in (int, float) or not np.isfinite(alpha):
-        raise AdapterError(f"{path}: lora_alpha {alpha!r} is not a number")
-    return float(alpha), r, config.get("use_rslora") is True
+        raise AdapterError(f"{path}: {what} {alpha!r} is not a number")
 
 
-def _read_factors(path: Path, r: int, shape: ModelShape, targets: tuple[str, ...]) -> dict:
+def _check_pattern(path: Path, what: str, pattern: str) -> None:
+    repeats = sum(pattern.count(mark) for mark in "*+?")
+    if not PATTERN.fullmatch(pattern) or HARD.search(pattern) or repeats > MOST_REPEATS:
+        raise AdapterError(
+            f"{path}: {what} {pattern[:80]!r} is not supported: names, and patterns of at most {MOST_REPEATS} repetitions "
+            "without a repeated group, are"
+        )
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterError(f"{path}: {what} {pattern[:80]!r} is no pattern ({error})") from None
+
+
+def _read_factors(path: Path, scaling: Scaling, shape: ModelShape, targets: tuple[str, ...]) -> tuple[dict, float]:
     from safetensors import SafetensorError, safe_open
 
     projections = projections_of(shape)
     found: dict[Place, dict[str, torch.Tensor]] = {}
+    scales: dict[Place, float] = {}
     try:
         with safe_open(path, "pt", "cpu") as file:
             places = {key: _place(path, key, shape, targets) for key in file.keys()}  # noqa: SIM118  (not a dict)
             for key, (place, half) in places.items():
                 _, projection, number = place
                 piece, size = file.get_slice(key), projections[projection]
+                r, alpha = scaling.at(key.removeprefix("base_model.model.").partition(".lora_")[0])
+                scales[place] = scaling.of(r, alpha)
                 expected = [r, size.d_in] if half == "A" else [size.widths[number], r]
                 if list(piece.get_shape()) != expected:
                     raise AdapterError(f"{path}: {key} has shape {list(piece.get_shape())}, expected {expected}")
@@ -147,7 +223,13 @@ def _read_factors(path: Path, r: int, shape: ModelShape, targets: tuple[str, ...
         if len(halves) != 2:
             module = SLICES[projection][number]
             raise AdapterError(f"{path}: layer {layer} {module} has lora_{next(iter(halves))} but not the other half")
-    return {place: (halves["A"], halves["B"]) for place, halves in found.items()}
+    common = next((scale for scale in (scaling.of(scaling.r, scaling.alpha), *scales.values()) if scale), 0.0)
+    return {place: (both["A"], _scaled(both["B"], scales[place], common)) for place, both in found.items()}, common
+
+
+def _scaled(b: torch.Tensor, scale: float, common: float) -> torch.Tensor:
+    """`b` so that scaling it by `common` gives what `scale` would. Bits are left alone where the two are equal."""
+    return b if scale == common else b.float() * (scale / common)
 
 
 def _place(path: Path, key: str, shape: ModelShape, targets: tuple[str, ...]) -> tuple[Place, str]:

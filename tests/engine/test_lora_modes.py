@@ -105,6 +105,58 @@ def test_rslora_scales_by_the_root_of_the_rank(tmp_path, model):
     assert set(read.factors) == {(layer, name, 0) for layer in (0, 1) for name in ("qkv", "o")}
 
 
+LAYERED = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"q_proj": 12, r"layers\.1\.mlp\.down_proj": 2}},
+        {"alpha_pattern": {"k_proj": 1, "model.language_model.layers.0.self_attn.o_proj": 40}},
+        {"rank_pattern": {r"layers\.\d\.self_attn\.v_proj": 3}, "alpha_pattern": {"v_proj|up_proj": 3}, "use_rslora": True},
+        {"rank_pattern": {"^q_proj": 9, ".*mlp.*": 5}, "lora_alpha": 0, "alpha_pattern": {"mlp.up_proj": 11, "o_proj": 7}},
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"], "layers_pattern": "language_model.layers"},
+        {"exclude_modules": r".*layers\.0.*|.*(vision|visual).*"},
+    ],
+    ids=["ranks", "alphas", "both, rslora", "alpha 0", "layers", "excluded"],
+)
+@pytest.mark.parametrize("mode", [1, 2], ids=["unmerged", "merged"])
+def test_configurations_of_peft_answer_as_in_peft(world, trace, tmp_path, settings, mode):
+    """Saved by PEFT, with factors of PEFT's own, and answered by both."""
+    from engine.models import random_model
+    from traces.request import Adapter
+
+    hf = random_model("tiny-llava", dtype=torch.float32, device="cpu", seed=1).hf
+    options = {"r": 8, "lora_alpha": 24, "target_modules": LAYERED} | settings
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(hf, peft.LoraConfig(init_lora_weights=False, **options), adapter_name="mine")
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    wrapped.save_pretrained(tmp_path)
+    rank = max([8, *settings.get("rank_pattern", {}).values()])
+    requests = trace(3, images=0, output=3, adapter=np.zeros(3, np.int32), span_ns=1, adapters=1)
+    requests = requests.with_(adapters=(Adapter("mine", rank),))
+    w = world("tiny-llava", requests, "valora", limits=(8, 512, 256), root=tmp_path, targets=TARGETS)
+    assert not w.found.reasons
+    w.driver.policy = Script(mode, 0 if mode == 2 else -1)
+    w.driver._check = False
+    seen = {}
+
+    def observe(sequences, logits):
+        for sequence, row in zip(sequences, logits, strict=True):
+            seen.setdefault(sequence.id, (sequence, []))[1].append(row.clone())
+
+    w.runner.observer = observe
+    w.run()
+    for sequence, rows in seen.values():
+        expected = peft_logits("tiny-llava", tmp_path, "mine", sequence)
+        plain = peft_logits("tiny-llava", tmp_path, None, sequence)
+        assert float((torch.stack(rows) - expected).abs().max()) < 4 * TOLERANCE
+        assert float((plain - expected).abs().max()) > 100 * TOLERANCE
+
+
 @pytest.fixture
 def logits_of(world, trace):
     """The logits of the first tokens of three short requests under one operator, by request."""

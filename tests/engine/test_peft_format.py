@@ -75,8 +75,17 @@ def test_older_key_layouts_are_read(root, shape, layout):
         ({"use_dora": True}, "use_dora = true is not supported"),
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 8}}, r"q_proj.lora_A.weight has shape \[4, 64\], expected \[8, 64\]"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern 'q_proj' 0 is not a whole number in 1..256"),
+        ({"rank_pattern": ["q_proj"]}, r'rank_pattern \["q_proj"\] is not an object of patterns'),
+        ({"rank_pattern": {"(": 4}}, "is no pattern"),
+        ({"rank_pattern": {"(a+)+": 4}}, "without a repeated group"),
+        ({"alpha_pattern": {".*a.*b.*c.*": 4}}, "at most 3 repetitions"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern 'q_proj' '8' is not a number"),
+        ({"target_parameters": ["mlp.experts"]}, "target_parameters"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"megatron_config": {"x": 1}}, "megatron_config"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"lora_bias": True}, "lora_bias"),
@@ -98,7 +107,7 @@ def test_a_configuration_that_would_change_the_result_is_refused(root, shape, ch
 
 
 def test_an_unexpected_rank_is_refused(root, shape):
-    with pytest.raises(AdapterError, match="r 4, but rank 8 was asked for"):
+    with pytest.raises(AdapterError, match="rank 4, but 8 was asked for"):
         read_adapter(root, "good", shape, rank=8)
 
 
