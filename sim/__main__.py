@@ -77,13 +77,15 @@ def build_parser() -> SuggestingParser:
 
 
 def find_profile(name: str | None, model: str) -> Profile:
-    """The profile named, by file or by name; else the model's measured one, else its analytic one."""
+    """The profile named, by file, by name, or by the GPU that its name begins with (a100-80gb: of any model); else the
+    model's measured one, else its analytic one."""
     if name is None:
         found = sorted(PROFILES.glob(f"h200-{model}.json"))
         return load_profile(found[0] if found else PROFILES / f"analytic-h200-{model}.json")
     if name.endswith(".json") or "/" in name:
         return load_profile(name)
     known = sorted(path.stem for path in PROFILES.glob("*.json"))
+    name = f"{name}-{model}" if f"{name}-{model}" in known else name
     if name not in known:
         raise ProfileError(f"unknown profile {name!r}{near(name, known)}; known profiles are {', '.join(known)}")
     return load_profile(PROFILES / f"{name}.json")

@@ -10,8 +10,8 @@ import pytest
 
 from policies import make_policy
 from policies.cost import Cost
-from policies.profile import load_profile, shifted
-from sim.__main__ import main
+from policies.profile import ProfileError, load_profile, shifted
+from sim.__main__ import find_profile, main
 from sim.cluster import SimConfig, simulate
 from sim.errorbars import add_error_bars
 from sim.extrapolate import SHEETS
@@ -65,6 +65,12 @@ def test_what_is_extrapolated_says_so_wherever_it_is_printed(measured, tmp_path,
     assert "(extrapolated, not measured on this GPU)" in printed
     assert "is extrapolated, not measured" in printed
     assert "Error Bars" not in printed
+
+
+def test_a_gpu_stands_for_its_profile_of_any_model():
+    assert find_profile("analytic-h200", "qwen2-vl-7b").model == "qwen2-vl-7b"
+    with pytest.raises(ProfileError, match="unknown profile 'analytic-h20'"):
+        find_profile("analytic-h20", "qwen2-vl-7b")
 
 
 @pytest.mark.parametrize(("words", "message"), [
