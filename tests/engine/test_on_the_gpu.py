@@ -1,5 +1,7 @@
 """The engine on a GPU: kernels, graphs and asynchronous loads give what the CPU's plain torch gives."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -18,14 +20,14 @@ def run(trace, profile):
         from engine.clock import MockedClock, WallClock
         from engine.decoder import Decoder
         from engine.models import random_model
-        from engine.replay import Driver, EngineConfig
+        from engine.replay import Driver, EngineConfig, stripped
         from engine.serve import warm_up
         from policies import make_policy
         from policies.view import Limits
 
         model = random_model(name, dtype=torch.bfloat16, device="cuda", seed=1)
-        requests = trace(n, 3, image_tokens=model.shape.image_tokens, output=12)
         policy = make_policy(policy)
+        requests = stripped(trace(n, 3, image_tokens=model.shape.image_tokens, output=12), policy)
         config = EngineConfig(limits=Limits(6, 64, 256), pages=300, graphs=graphs, operator=operator)
         found = find_adapters(requests.adapters, model, config.targets, None, 0)
         engine = build(model, Decoder(model), requests.adapters, found, policy, profile, config)
@@ -83,3 +85,57 @@ def test_the_first_logits_are_those_of_the_cpu(run, world, trace, model, name):
 def test_a_replay_on_the_wall_clock_overlaps_loads_and_steps(run, operator):
     _, tokens = run("tiny-llava", "valora", graphs=True, wall=True, operator=operator)
     assert len(tokens) == 10
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2-vl"])
+def test_the_vision_tower_by_graphs_equals_transformers(name):
+    from engine.models import random_model
+    from engine.vision import VisionGraphs
+
+    model = random_model(name, dtype=torch.bfloat16, device="cuda", seed=1)
+    graphs = VisionGraphs(model)
+    graphs.capture()
+    assert graphs._graphs, "the tower cannot be captured"
+    pixels = torch.randn(5, *model.shape.pixels, device="cuda").bfloat16()
+    expected = torch.cat([model.encode_images(pixels[i : i + 1]) for i in range(5)]).float()
+    assert float((graphs.encode(pixels).float() - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_adapters_that_move_together_while_others_load_stay_right(trace, profile):
+    """Twelve adapters in rows for three: evicted, loaded on a stream of their own, and moved; as with rows for all."""
+    from engine.build import build, find_adapters
+    from engine.clock import MockedClock
+    from engine.decoder import Decoder
+    from engine.models import random_model
+    from engine.replay import Driver, EngineConfig
+    from policies import make_policy
+    from policies.view import Limits
+    from traces.request import Adapter
+
+    model = random_model("tiny-llava", dtype=torch.bfloat16, device="cuda", seed=1)
+    decoder = Decoder(model)
+    adapters = tuple(Adapter(f"lora-{i}", (16, 48, 32)[i % 3]) for i in range(12))
+    asked = np.arange(48, dtype=np.int32) * 7 % 12
+    requests = trace(48, images=0, output=4, span_ns=100_000_000)
+    requests = dataclasses.replace(requests, adapters=adapters, adapter=asked)
+    seen, moves = {}, []
+    for rows in (96, 12 * 48):
+        policy = make_policy("valora")
+        bytes_a_row = 2 * 2 * (3 * 64 + 192 + 128)
+        config = EngineConfig(limits=Limits(6, 64, 256), pages=300, graphs=False, adapter_bytes=rows * bytes_a_row)
+        found = find_adapters(adapters, model, config.targets, None, 0)
+        engine = build(model, decoder, adapters, found, policy, profile, config)
+        first = seen.setdefault(rows, {})
+        compact = engine.runner.lora.compact
+        engine.runner.lora.compact = lambda compact=compact: (moves.append(1), compact())
+
+        def observe(sequences, logits, first=first):
+            for sequence, row in zip(sequences, logits, strict=True):
+                first.setdefault(sequence.id, row.float().cpu())
+
+        engine.runner.observer = observe
+        Driver(requests, policy, engine.ledger, engine.cost, engine.journal, MockedClock(engine.cost, engine.runner),
+               engine.runner, check_invariants=True).run()  # fmt: skip
+        engine.runner.lora.evict_all()
+    assert moves
+    assert max(float((seen[96][r] - row).abs().max()) for r, row in seen[12 * 48].items()) < 0.05
