@@ -1,7 +1,8 @@
 """The small steps between the linears of a decoder layer, one kernel each: residual + RMSNorm, rotary + KV write, SiLU gate.
 
 On a GPU they replace about thirty launches a layer of the unfused form; elsewhere plain torch computes the same. Rounding
-follows the unfused form (a sum is rounded to the tensors' type before it is normalised). They know no model and no batch.
+follows the unfused form (a sum is rounded to the tensors' type before it is normalised). With dependent launch each starts
+beside its predecessor, waits for it, and lets its successor start at once. They know no model and no batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
+from kernels.dependent import chained, trigger, wait
+
 HEADS_A_PROGRAM = 16
 
 
@@ -21,7 +24,11 @@ def _fused(tensor: torch.Tensor) -> bool:
 
 
 @triton.jit
-def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, ADD: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, ADD: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    if PDL:
+        trigger()
+        wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < H
@@ -47,7 +54,7 @@ def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.T
         if rows:
             _add_rms_norm[(rows,)](
                 residual if x is None else x, residual, weight, out, eps, ADD=x is not None, H=width,
-                BLOCK=triton.next_power_of_2(width), num_warps=8 if width >= 2048 else 4,
+                BLOCK=triton.next_power_of_2(width), num_warps=8 if width >= 2048 else 4, **chained(),
             )
         return out
     if x is not None:
@@ -61,8 +68,12 @@ def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.T
 def _rope_store(
     qkv_ptr, cos_ptr, sin_ptr, k_ptr, v_ptr, slots_ptr, qkv_stride,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (tokens, runs of HEADS heads of q, k and v side by side). D is a power of two."""
+    if PDL:
+        trigger()
+        wait()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     half = tl.arange(0, D // 2)
@@ -104,7 +115,7 @@ def rope_store(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache:
         if len(qkv):
             _rope_store[(len(qkv), runs)](
                 qkv, cos, sin, k_cache, v_cache, slots, qkv.stride(0), HQ=heads, HK=kv_heads, D=width, PAGE=page,
-                HEADS=HEADS_A_PROGRAM, num_warps=4,
+                HEADS=HEADS_A_PROGRAM, num_warps=4, **chained(),
             )
         return
     rows = qkv.view(len(qkv), heads + 2 * kv_heads, width)
@@ -118,7 +129,10 @@ def rope_store(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, k_cache:
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up_ptr, out_ptr, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        trigger()
+        wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -137,7 +151,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         if rows:
             block = min(2048, triton.next_power_of_2(width))
             grid = (rows, triton.cdiv(width, block))
-            _silu_mul[grid](gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=4)
+            _silu_mul[grid](gate_up, out, gate_up.stride(0), WIDTH=width, BLOCK=block, num_warps=4, **chained())
         return out
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up

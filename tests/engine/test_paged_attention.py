@@ -6,17 +6,18 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from kernels import attention as decoding  # noqa: E402
 from kernels import pointwise  # noqa: E402
-from kernels.attention import paged_decode, splits_for  # noqa: E402
+from kernels.attention import paged_decode, shares_for, splits_for  # noqa: E402
 from kernels.extend import blocks_of, extend, most_blocks  # noqa: E402
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def caches(lengths, kv_heads, width, dtype, device, seed=0):
-    """(keys, values, tables, lengths): pages in a shuffled order, one table a request."""
+    """(keys, values, tables, lengths): pages in a shuffled order, one table a request; what no key lies in is NaN."""
     generator = torch.Generator().manual_seed(seed)
-    most = max(-(-length // 16) for length in lengths)
+    most = max(-(-length // 16) for length in lengths) or 1
     pages = sum(-(-length // 16) for length in lengths) + 1
     order = torch.randperm(pages - 1, generator=generator)
     tables = torch.full((len(lengths), most), pages - 1, dtype=torch.int32)
@@ -26,6 +27,10 @@ def caches(lengths, kv_heads, width, dtype, device, seed=0):
         tables[i, :count] = order[done : done + count]
         done += count
     k, v = (torch.randn(pages, kv_heads, 16, width, generator=generator).to(device, dtype) for _ in range(2))
+    for i, length in enumerate(lengths):
+        if length % 16:
+            for cache in (k, v):
+                cache[tables[i, length // 16], :, length % 16 :] = float("nan")
     return k, v, tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
@@ -33,6 +38,9 @@ def by_hand(q, k, v, tables, lengths, heads):
     """Softmax attention of each request in float32."""
     rows = []
     for i, length in enumerate(lengths.tolist()):
+        if not length:
+            rows.append(torch.full(q.shape[1:], float("nan"), device=q.device))
+            continue
         pages = tables[i, : -(-length // 16)].long()
         keys, values = (
             c[pages].transpose(1, 2).flatten(0, 1)[:length].float().repeat_interleave(heads // k.shape[1], 1) for c in (k, v)
@@ -49,7 +57,9 @@ def attention_error(lengths, heads, kv_heads, width, dtype, device, splits):
     q = packed.to(device, dtype)[:, : heads * width]  # strided, as in a fused projection
     out = torch.full((len(lengths), heads * width), float("nan"), dtype=dtype, device=device)
     paged_decode(q, k, v, tables, sizes, out, width**-0.5, splits)
-    return float((out.float() - by_hand(q, k, v, tables, sizes, heads)).abs().max())
+    expected = by_hand(q, k, v, tables, sizes, heads)
+    assert torch.equal(out.isnan(), expected.isnan()), "rows of length 0 are left as they are, and no others"
+    return float((out.float() - expected).abs().nan_to_num().max())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
@@ -59,18 +69,53 @@ def test_paged_decode_in_the_interpreter(heads, kv_heads, splits):
     assert attention_error([1, 16, 65, 130], heads, kv_heads, 16, torch.float32, "cpu", splits) < 1e-5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
+@pytest.mark.parametrize("programs", [1, 3, 7, 40])
+@pytest.mark.parametrize("lengths", [[0, 300, 0, 17, 64, 0], [700], [0, 0]], ids=["uneven", "one", "none"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)], ids=["multi-head", "grouped"])
+def test_any_share_of_the_keys_gives_the_same(monkeypatch, programs, lengths, heads, kv_heads):
+    """Pairs in one program, over two, over many; and pieces of more programs than are put together in one go."""
+    monkeypatch.setattr(decoding, "shares_for", lambda *batch: decoding.Shares(programs, 2, 1))
+    assert attention_error(lengths, heads, kv_heads, 16, torch.float32, "cpu", None) < 1e-5
+
+
 @cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)], ids=["llava", "qwen2-vl"])
 @pytest.mark.parametrize("splits", [None, 1, 16])
-def test_paged_decode_on_the_gpu(heads, kv_heads, splits):
-    lengths = [1, 16, 17, 1000, 64, 65, 4095, 333]
+@pytest.mark.parametrize("requests", [2, 8, 70])
+def test_paged_decode_on_the_gpu(heads, kv_heads, splits, requests):
+    lengths = ([1, 1000, 16, 17, 0, 64, 4095, 333] * 9)[:requests]
     assert attention_error(lengths, heads, kv_heads, 128, torch.bfloat16, "cuda", splits) < 2e-2
 
 
-def test_splits_fill_the_gpu_and_no_more():
-    assert [splits_for(batch, 32) for batch in (1, 8, 32, 64)] == [16, 2, 1, 1]
-    assert splits_for(1, 4) == 32
+@cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)], ids=["llava", "qwen2-vl"])
+def test_a_captured_decode_follows_the_lengths(heads, kv_heads):
+    """One graph, whose kernels overlap, over other lengths at each replay."""
+    k, v, tables, sizes = caches([2048] * 16, kv_heads, 128, torch.bfloat16, "cuda")
+    q = torch.randn(16, heads * 128, generator=torch.Generator().manual_seed(1)).to("cuda", torch.bfloat16)
+    out = torch.empty_like(q)
+    for _ in range(2):
+        paged_decode(q, k, v, tables, sizes, out, 128**-0.5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(3):  # the last finds what the one before left
+            paged_decode(q, k, v, tables, sizes, out, 128**-0.5)
+    for lengths in ([2048] * 16, [1] * 16, [0] * 15 + [2000], [5, 0, 900, 2048] * 4):
+        sizes.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.testing.assert_close(
+            out.float(), by_hand(q, k, v, tables, sizes, heads), rtol=2e-2, atol=2e-2, equal_nan=True
+        )
+
+
+def test_no_split_leaves_a_program_out():
+    assert [splits_for(batch, 32) for batch in (1, 8, 32, 64)] == [33, 5, 2, 1]
+    for batch, heads, kv_heads in ((1, 32, 32), (8, 32, 32), (9, 32, 32), (64, 28, 4)):
+        assert batch * kv_heads * splits_for(batch, kv_heads) >= shares_for(batch, heads, kv_heads).programs
 
 
 def extend_error(chunks, heads, kv_heads, width, dtype, device, spare=3):

@@ -1,0 +1,31 @@
+"""Programmatic dependent launch: how kernels of one chain overlap.
+
+A kernel launched with `launch_pdl` starts as soon as every program of its predecessor has called `trigger` or ended, and
+sees its predecessor's results only after `wait`. Every program must call `wait` before it ends: only then does the end of
+a kernel mean that all before it have ended too. In the interpreter both do nothing. It knows no kernel.
+"""
+
+from __future__ import annotations
+
+from kernels.target import INTERPRETED, has_dependent_launch  # isort: skip  (before triton: it may choose the interpreter)
+
+import triton
+
+if INTERPRETED:
+
+    @triton.jit
+    def wait():
+        """Nothing: the interpreter runs one kernel after the other."""
+
+    @triton.jit
+    def trigger():
+        """Nothing: the interpreter runs one kernel after the other."""
+
+else:
+    from triton.language.extra.cuda import gdc_launch_dependents as trigger  # noqa: F401
+    from triton.language.extra.cuda import gdc_wait as wait  # noqa: F401
+
+
+def chained() -> dict:
+    """The arguments PDL and, where there is dependent launch, launch_pdl of a Triton call."""
+    return {"PDL": True, "launch_pdl": True} if has_dependent_launch() else {"PDL": False}
