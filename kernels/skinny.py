@@ -1,0 +1,210 @@
+"""Linear layers of few rows, y = x W^T + bias for up to 64 rows, where they beat the vendor's library.
+
+With so few rows a layer takes as long as its weights take to arrive. The weights are the left operand of the tensor cores,
+64 of their rows a program, and the rows of x the narrow right one, padded to 16, 32 or 64; long sums are cut into parts so
+that the programs are at least two for each multiprocessor; and with dependent launch each program may fetch the first
+blocks of its weights while the kernel before still runs. Results do not depend on timing. It knows shapes, no layer.
+
+Weights must be complete before the first launch of a chain of such kernels, x only when its own kernel has ended. What was
+not measured, or lost, goes to torch.
+"""
+
+from __future__ import annotations
+
+from kernels.target import INTERPRETED, device_name, has_dependent_launch  # isort: skip  (before triton)
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn import functional
+
+from kernels.dependent import trigger, wait
+from kernels.launch import Launch, argument
+
+BUCKETS = (16, 32, 64)
+"""Rows of x are padded to the next of these."""
+BN = 64
+"""Rows of W a program."""
+BK = 128
+"""Columns of W in one step of a program's loop."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """split: parts of the sum over K. stages: of the pipelined loop. held: blocks of W fetched before the wait, up to 3."""
+
+    split: int = 1
+    stages: int = 4
+    held: int = 0
+
+
+MEASURED = "nvidia-h200"
+TILES: dict[tuple[int, int], tuple[Tile | None, Tile | None, Tile | None]] = {
+    (22016, 4096): (Tile(1, 6, 0), Tile(1, 3, 0), None),
+    (12288, 4096): (Tile(1, 3, 0), Tile(1, 4, 0), None),
+    (4096, 11008): (Tile(4, 3, 3), Tile(4, 3, 2), Tile(2, 4, 0)),
+    (4096, 4096): (Tile(4, 3, 3), Tile(2, 4, 2), Tile(2, 4, 0)),
+}
+"""(rows of W, K) -> the tile of each bucket; None where the library is as fast.
+
+NVIDIA H200, 2026-11-24, torch 2.11.0, Triton 3.6.0; CUDA graph of 16 calls over 8 different weights, each call behind the
+small kernel that makes its x (RMSNorm or SiLU gate), both counted; microseconds a call, ours / the library's:
+
+    W               1 row        16 rows      32 rows      64 rows
+    22016 x 4096    45.7 / 48.1  46.8 / 47.8  47.4 / 48.6  50.9 / 50.3
+    12288 x 4096    27.0 / 29.8  27.9 / 30.1  27.8 / 30.4  30.8 / 30.5
+    4096 x 11008    24.0 / 28.4  25.8 / 29.1  27.3 / 28.4  29.1 / 31.1
+    4096 x 4096     10.8 / 13.4  11.8 / 13.7  12.6 / 14.0  13.4 / 13.8
+"""
+
+
+@triton.jit
+def _weights(at, k, i, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    """Block i [BN, BK] of a program's part of W."""
+    if EVEN:
+        return tl.load(at + i * BK)
+    return tl.load(at + i * BK, mask=(k + i * BK < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _rows(at, live, k, i, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr):
+    """Block i of a program's part of x, transposed: [BK, TOKENS]."""
+    return tl.trans(tl.load(at + i * BK, mask=live if EVEN else live & (k + i * BK < K)[None, :], other=0.0))
+
+
+@triton.jit
+def _dot(w, x, acc, IEEE: tl.constexpr):
+    return tl.dot(w, x, acc, input_precision="ieee" if IEEE else None)
+
+
+@triton.jit
+def _finish(at, inside, value, bias, n, BIAS: tl.constexpr):
+    if BIAS:
+        value += tl.load(bias + n).to(tl.float32)[None, :]
+    tl.store(at, value.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows(
+    x, w, bias, y, planes, counters, rows, columns,
+    XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
+
+    With SPLIT > 1 each program writes its part of the sum to planes float32 [columns / BN, SPLIT, TOKENS, BN], and the
+    last of a tile to come (counters int32 [columns / BN], zero before and after) adds the planes in their order, so that
+    the result does not depend on who was last.
+    """
+    if PDL:
+        trigger()
+    part = tl.program_id(0)
+    tile = tl.program_id(1)
+    NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
+    EVEN: tl.constexpr = K % (SPLIT * BK) == 0
+    n = tile * BN + tl.arange(0, BN)
+    m = tl.arange(0, TOKENS)
+    k = part * (NK * BK) + tl.arange(0, BK)
+    live = (m < rows)[:, None]
+    w_at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * K + k[None, :]
+    x_at = x + m[:, None] * XS + k[None, :]
+    if HELD > 0:
+        w0 = _weights(w_at, k, 0, K, BK, EVEN)
+    if HELD > 1:
+        w1 = _weights(w_at, k, 1, K, BK, EVEN)
+    if HELD > 2:
+        w2 = _weights(w_at, k, 2, K, BK, EVEN)
+    if PDL:
+        wait()
+    acc = tl.zeros([BN, TOKENS], tl.float32)
+    for i in tl.range(HELD, NK, num_stages=STAGES):
+        acc = _dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
+    if HELD > 0:  # after the loop, whose loads are then under way
+        acc = _dot(w0, _rows(x_at, live, k, 0, K, BK, EVEN), acc, IEEE)
+    if HELD > 1:
+        acc = _dot(w1, _rows(x_at, live, k, 1, K, BK, EVEN), acc, IEEE)
+    if HELD > 2:
+        acc = _dot(w2, _rows(x_at, live, k, 2, K, BK, EVEN), acc, IEEE)
+    value = tl.trans(acc)
+    y_at = y + m.to(tl.int64)[:, None] * columns + n[None, :]
+    inside = live & (n < columns)[None, :]
+    if SPLIT == 1:
+        _finish(y_at, inside, value, bias, tl.minimum(n, columns - 1), BIAS)
+    else:
+        at = planes + tile.to(tl.int64) * (SPLIT * TOKENS * BN) + m[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.store(at + part * (TOKENS * BN), value, mask=live)
+        tl.debug_barrier()  # every thread's stores come before the one thread's release
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+            tl.store(counters + tile, 0)
+            total = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
+            for s in tl.static_range(1, SPLIT):
+                total += tl.load(at + s * (TOKENS * BN), mask=live, other=0.0, cache_modifier=".cg")
+            _finish(y_at, inside, total, bias, tl.minimum(n, columns - 1), BIAS)
+
+
+_PLANS: dict[tuple, Callable] = {}
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., K] weight [columns, K]^T + bias, as torch.nn.functional.linear, by the faster of the two ways.
+
+    The kernel keeps no gradients. It is safe in a capture once the same shape, with rows of the same bucket, has run outside
+    of one (else RuntimeError), and not on two streams at once, which would share counters.
+    """
+    tile = _tile_for(x, weight)
+    return run(x, weight, bias, tile) if tile else functional.linear(x, weight, bias)
+
+
+def _bucket(rows: int) -> int | None:
+    return next((i for i, bucket in enumerate(BUCKETS) if rows <= bucket), None)
+
+
+def _tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
+    """None: torch's, for what the kernel does not take or was not measured with."""
+    tiles = TILES.get(tuple(weight.shape))
+    if tiles is None or not x.is_cuda or x.ndim != 2 or not len(x) or not x.dtype == weight.dtype == torch.bfloat16:
+        return None
+    bucket = _bucket(len(x))
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
+    if bucket is None or not aligned or INTERPRETED or device_name() != MEASURED:
+        return None
+    return tiles[bucket]
+
+
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
+    """`linear` by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
+    rows, (columns, depth) = len(x), weight.shape
+    tokens = BUCKETS[_bucket(rows)]
+    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, x.device)
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = _plan(x, columns, depth, tokens, tile, bias is not None)
+    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    plan(x, weight, x if bias is None else bias, y)
+    return y
+
+
+def _plan(x: torch.Tensor, columns: int, depth: int, tokens: int, tile: Tile, bias: bool) -> Callable:
+    """The launch of one shape as a function of (x, weight, bias, y), with counters of its own."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"no linear of {tokens} rows and {columns} x {depth} weights has run yet; run one, then capture")
+    tiles, pdl = -(-columns // BN), has_dependent_launch()
+    constants = {
+        "XS": x.stride(0), "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages,
+        "HELD": min(tile.held, -(-depth // (tile.split * BK))), "BIAS": bias, "PDL": pdl, "IEEE": x.dtype is torch.float32,
+    }  # fmt: skip
+    types = dict.fromkeys(("x", "w", "bias", "y"), x.dtype)
+    types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
+    start = Launch(few_rows, (tile.split, tiles), constants, types).bind(x.device)
+    counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+    sizes = (tiles, tile.split, tokens, BN) if tile.split > 1 else (1,)
+
+    def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
+        planes = torch.empty(sizes, dtype=torch.float32, device=x.device)
+        pointers = [argument(tensor) for tensor in (x, weight, bias, y, planes, counters)]
+        start(*pointers, len(x), columns)
+
+    return launch

@@ -1,0 +1,146 @@
+"""Linear layers of few rows against torch: every form of the kernel, and which calls go to it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels import launch as launching
+from kernels import skinny
+from kernels.skinny import TILES, Tile, linear, run
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def operands(rows, columns, depth, dtype, *, bias=True, device="cpu"):
+    generator = torch.Generator(device).manual_seed(rows + columns)
+    sizes = ((rows, depth), (columns, depth), (columns,))
+    x, w, b = (torch.randn(size, generator=generator, device=device) for size in sizes)
+    return x.to(dtype), (w * depth**-0.5).to(dtype), b.to(dtype) if bias else None
+
+
+def error(y, x, w, bias):
+    """Relative to float32."""
+    truth = torch.nn.functional.linear(x.float(), w.float(), bias.float() if bias is not None else None)
+    return float((y.float() - truth).norm() / truth.norm())
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "columns", "depth", "tile"),
+    [
+        (1, 64, 256, Tile()), (5, 80, 512, Tile(2, 3, 1)), (16, 130, 400, Tile(3, 3, 3)), (17, 64, 1024, Tile(4, 3, 3)),
+        (64, 64, 640, Tile(2, 4, 2)),
+    ],
+    ids=["one row", "columns to spare", "depth to spare", "all of it held", "64 rows"],
+)  # fmt: skip
+def test_equals_float32_and_itself(rows, columns, depth, tile, dtype):
+    for bias in (False, True):
+        x, w, b = operands(rows, columns, depth, dtype, bias=bias)
+        once, again = run(x, w, b, tile), run(x, w, b, tile)
+        assert error(once, x, w, b) < TOLERANCE[dtype]
+        assert torch.equal(once, again), "the counters are back at zero"
+
+
+@interpreted
+def test_rows_may_be_strided():
+    x, w, _ = operands(4, 64, 256, torch.float32)
+    wide = torch.full((4, 512), float("nan"))
+    wide[:, :256] = x
+    assert torch.equal(run(wide[:, :256], w, None, Tile(2)), run(x, w, None, Tile(2)))
+
+
+def test_without_a_gpu_torch_computes():
+    x, w, b = operands(3, 32, 48, torch.float32)
+    assert torch.equal(linear(x[None], w, b), torch.nn.functional.linear(x[None], w, b))
+
+
+def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
+    for (columns, depth), tiles in TILES.items():
+        assert len(tiles) == len(skinny.BUCKETS)
+        assert depth % 8 == columns % 16 == 0
+        for tile in filter(None, tiles):
+            blocks = -(-depth // (tile.split * skinny.BK))
+            assert tile.held <= min(3, blocks)
+            assert (tile.split - 1) * blocks * skinny.BK < depth, "no part is without columns"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What is launched: [(grid, arguments)], with a stand-in for the compiled kernel."""
+    seen = []
+    device = SimpleNamespace(index=0)
+    compiled = SimpleNamespace(
+        function=7, packed_metadata=(4, 1, 0), _init_handles=lambda: None,
+        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True, launch=lambda *a: seen.append((a[:3], a[13:]))),
+    )  # fmt: skip
+    monkeypatch.setattr(launching.Launch, "compile", lambda launch: compiled)
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "_LOADED", {})
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 99, raising=False)
+    monkeypatch.setattr(skinny, "_PLANS", {})
+    return SimpleNamespace(seen=seen, device=device)
+
+
+def test_a_launch_passes_every_argument_of_the_kernel(on_a_gpu):
+    x, w, b = operands(5, 4096, 512, torch.float16)
+    run(x, w, b, Tile(4, 3, 3))
+    ((grid, arguments),) = on_a_gpu.seen
+    assert grid == (4, 64, 1)
+    assert len(arguments) == len(skinny.few_rows.arg_names)
+    named = dict(zip(skinny.few_rows.arg_names, arguments, strict=True))
+    assert (named["rows"], named["columns"], named["TOKENS"], named["HELD"]) == (5, 4096, 16, 1)
+
+
+@cuda
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize(("columns", "depth"), TILES, ids=str)
+def test_measured_shapes_on_the_gpu(columns, depth, rows):
+    x, w, b = operands(rows, columns, depth, torch.bfloat16, bias=rows % 2, device="cuda")
+    assert error(linear(x, w, b), x, w, b) < TOLERANCE[torch.bfloat16]
+    for tile in filter(None, TILES[columns, depth]):
+        once = run(x, w, b, tile)
+        assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
+        assert all(torch.equal(run(x, w, b, tile), once) for _ in range(5))
+
+
+@cuda
+@pytest.mark.gpu
+def test_a_chain_that_overlaps_equals_one_that_does_not():
+    """o, norm, gate_up, SiLU and down of a layer in one graph, bit for bit what each gives by itself."""
+    from kernels.pointwise import add_rms_norm, silu_mul
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((4096, 4096), (22016, 4096), (4096, 11008))
+    weights = [torch.randn(s, generator=generator, device="cuda").bfloat16() * s[1] ** -0.5 for s in shapes]
+    scale = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
+
+    def chain(x, residual, pause):
+        for _ in range(8):
+            x = linear(x, weights[0])
+            pause()
+            x = add_rms_norm(x, residual, scale, 1e-5)
+            pause()
+            x = linear(x, weights[1])
+            pause()
+            x = silu_mul(x)
+            pause()
+            x = linear(x, weights[2])
+            pause()
+        return x
+
+    for rows in (1, 16, 32, 64):
+        x = torch.randn(rows, 4096, generator=generator, device="cuda").bfloat16()
+        start = torch.randn(rows, 4096, generator=generator, device="cuda").bfloat16()
+        apart = chain(x, start.clone(), torch.cuda.synchronize)
+        residual, graph = start.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            together = chain(x, residual, lambda: None)
+        for _ in range(4):
+            residual.copy_(start)
+            graph.replay()
+            assert torch.equal(together, apart)
