@@ -48,7 +48,7 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Real time; `runner` does the work. Starts at the first call of `start`."""
+    """Real time, from when it is made; `runner` does the work."""
 
     def __init__(self, runner: Runner):
         self._runner = runner

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from engine.arrivals import ClosedLoop
-from engine.attention import warm
 from engine.build import Adapters, Engine, build, find_adapters
 from engine.clock import MockedClock, WallClock
 from engine.decoder import Decoder
@@ -99,14 +98,14 @@ class Session:
         if not getattr(policy, "strips_adapters", False):
             engine.hold(config.pins)
         arrivals = ClosedLoop(trace, config.closed_loop) if config.closed_loop else None
-        driver = Driver(
-            trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
-            check_invariants=config.check_invariants, progress=progress.update, arrivals=arrivals,
-        )  # fmt: skip
-        if signals.asked:
-            return None
-        signals.driver = driver
-        with frozen_heap():
+        with frozen_heap():  # a collection takes long, and the clock runs from when it is made
+            driver = Driver(
+                trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
+                check_invariants=config.check_invariants, progress=progress.update, arrivals=arrivals,
+            )  # fmt: skip
+            if signals.asked:
+                return None
+            signals.driver = driver
             driver.run()
         signals.driver = None
         settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
@@ -148,8 +147,6 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
         if (trace.images > 0).any():
             runner.vision.capture()
         runner.lora.warm(mixture=policy.merges)
-        keys, values = runner.cache.keys[0], runner.cache.values[0]
-        warm(keys, values, runner.model.shape.heads, runner.width, config.limits.max_batch)
     if requests and len(trace):
         first = trace.take(np.arange(min(requests, len(trace))))
         first = first.with_(arrival_ns=np.zeros(len(first), np.int64))
