@@ -187,24 +187,30 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: 
     return y
 
 
+def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, bias: bool) -> Launch:
+    """The kernel for W [columns, depth] and rows of x `stride` apart, padded to `tokens`."""
+    constants = {
+        "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages,
+        "HELD": min(tile.held, -(-depth // (tile.split * BK))), "BIAS": bias, "PDL": has_dependent_launch(),
+        "IEEE": dtype is torch.float32,
+    }  # fmt: skip
+    types = dict.fromkeys(("x", "w", "bias", "y"), dtype)
+    types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
+    return Launch(few_rows, (tile.split, -(-columns // BN)), constants, types)
+
+
 def _plan(x: torch.Tensor, columns: int, depth: int, tokens: int, tile: Tile, bias: bool) -> Callable:
     """The launch of one shape as a function of (x, weight, bias, y), with counters of its own."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"no linear of {tokens} rows and {columns} x {depth} weights has run yet; run one, then capture")
-    tiles, pdl = -(-columns // BN), has_dependent_launch()
-    constants = {
-        "XS": x.stride(0), "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages,
-        "HELD": min(tile.held, -(-depth // (tile.split * BK))), "BIAS": bias, "PDL": pdl, "IEEE": x.dtype is torch.float32,
-    }  # fmt: skip
-    types = dict.fromkeys(("x", "w", "bias", "y"), x.dtype)
-    types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
-    start = Launch(few_rows, (tile.split, tiles), constants, types).bind(x.device)
+    launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias)
+    start, tiles = launch.bind(x.device), launch.grid[1]
     counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
     sizes = (tiles, tile.split, tokens, BN) if tile.split > 1 else (1,)
 
-    def launch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
+    def start_it(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
         planes = torch.empty(sizes, dtype=torch.float32, device=x.device)
         pointers = [argument(tensor) for tensor in (x, weight, bias, y, planes, counters)]
         start(*pointers, len(x), columns)
 
-    return launch
+    return start_it

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import launch as launching
-from kernels import skinny
+from kernels import skinny, skinny_bench
 from kernels.skinny import TILES, Tile, linear, run
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -66,6 +66,22 @@ def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
             blocks = -(-depth // (tile.split * skinny.BK))
             assert tile.held <= min(3, blocks)
             assert (tile.split - 1) * blocks * skinny.BK < depth, "no part is without columns"
+
+
+@interpreted
+def test_the_bench_ranks_tiles_and_torch_and_proves_each(monkeypatch):
+    monkeypatch.setattr(skinny_bench, "COLD_BYTES", 1)
+    times = iter((3.0, 1.0, 2.0))
+    tiles = [Tile(2, 3, 1), Tile()]
+    rows = skinny_bench.shape_rows(64, 512, 2, tiles, "cpu", torch.float32, lambda call, calls: next(times))
+    assert [(row["us"], row["split"], row["held"]) for row in rows] == [("1.0", 2, 1), ("2.0", 1, 0), ("3.0", "", "")]
+    assert all(float(row["error"]) < 1e-5 for row in rows)
+    assert all(list(row) == list(skinny_bench.COLUMNS) for row in rows)
+
+
+def test_the_bench_tries_what_the_table_holds():
+    for (columns, _), tiles in TILES.items():
+        assert set(filter(None, tiles)) <= set(skinny_bench.candidates(columns))
 
 
 @pytest.fixture

@@ -1,0 +1,119 @@
+"""Times linear layers of few rows against torch's, every tile, as a decode step pays for them.
+
+A CUDA graph of calls over different weights (cold in L2), each behind the RMSNorm that makes its x; both are counted. It
+writes CSV to stdout, the fastest of a (shape, rows) first; torch's row has no tile. It knows shapes, no model's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable
+from itertools import product
+from statistics import median
+
+import torch
+import triton
+from torch.nn import functional
+
+from kernels.pointwise import add_rms_norm
+from kernels.precompile import in_parallel
+from kernels.skinny import BUCKETS, Tile, launch_of, run
+from kernels.timing import COPY_TB_S
+
+SHAPES = {
+    "llava-7b": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),
+    "llava-13b": ((15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824)),
+    "qwen2-vl-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
+}
+"""(rows of W, K) of q, k, v together, o, gate and up together, down."""
+COLD_BYTES = 128 << 20
+COLUMNS = ("columns", "depth", "rows", "split", "stages", "held", "us", "floor_us", "error")
+
+
+def candidates(columns: int) -> list[Tile]:
+    """Tiles worth a try: sums are cut where the programs would be few."""
+    splits = (1,) if columns > 16384 else (1, 2) if columns > 8192 else (2, 4)
+    return [Tile(split, stages, held) for split, stages, held in product(splits, (3, 4, 6), (0, 2, 3))]
+
+
+def precompile(columns: int, depth: int, tokens: int, split: int, stages: int, held: int) -> None:
+    """Compile one tile into Triton's disk cache."""
+    launch_of(columns, depth, depth, tokens, Tile(split, stages, held), torch.bfloat16, False).compile()
+
+
+def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> float:
+    """Median microseconds of call(i) in a captured graph of i = 0 .. calls - 1."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    spans = []
+    for _ in range(replays):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        spans.append(1e3 * start.elapsed_time(stop))
+    return median(spans) / calls
+
+
+def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: str = "cuda", dtype=torch.bfloat16,
+               time_us: Callable = graph_us) -> list[dict]:
+    """Every tile and torch on one shape, the fastest first."""
+    random = torch.Generator(device).manual_seed(0)
+    layers = max(2, -(-COLD_BYTES // (columns * depth * dtype.itemsize)))
+    weights = torch.empty(layers, columns, depth, dtype=dtype, device=device).normal_(0, depth**-0.5, generator=random)
+    residual = torch.empty(rows, depth, dtype=dtype, device=device).normal_(generator=random)
+    ones = torch.ones(depth, dtype=dtype, device=device)
+    calls = -(-16 // layers) * layers
+    truth = functional.linear(add_rms_norm(None, residual, ones, 1e-5).float(), weights[0].float())
+    found = []
+    for tile in (None, *tiles):
+        def one(i: int, tile: Tile | None = tile) -> torch.Tensor:
+            x, w = add_rms_norm(None, residual, ones, 1e-5), weights[i % layers]
+            return run(x, w, None, tile) if tile else functional.linear(x, w)
+
+        try:
+            error = float((one(0).float() - truth).norm() / truth.norm())
+        except triton.runtime.errors.OutOfResources:
+            continue
+        floor = weights[0].nbytes / COPY_TB_S / 1e6
+        sizes = (columns, depth, rows, *((tile.split, tile.stages, tile.held) if tile else ("", "", "")))
+        found.append((time_us(one, calls), (*sizes, f"{floor:.1f}", f"{error:.1e}")))
+    found.sort(key=lambda row: row[0])
+    return [dict(zip(COLUMNS, (*rest[:6], f"{us:.1f}", *rest[6:]), strict=True)) for us, rest in found]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m kernels.skinny_bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", choices=SHAPES, nargs="+", default=list(SHAPES))
+    parser.add_argument("--rows", type=int, nargs="+", choices=range(1, 65), default=[1, 16, 32, 64], metavar="1..64")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("skinny_bench times a GPU and CUDA sees none here; run it on a machine that has one", file=sys.stderr)
+        return 1
+    shapes = [shape for model in args.models for shape in SHAPES[model]]
+    buckets = {next(bucket for bucket in BUCKETS if rows <= bucket) for rows in args.rows}
+    in_parallel(precompile, [
+        (*shape, tokens, tile.split, tile.stages, tile.held)
+        for shape in shapes for tokens in sorted(buckets) for tile in candidates(shape[0])
+    ])  # fmt: skip
+    print(f"# device: {torch.cuda.get_device_name()}")
+    print(f"# date: {datetime.datetime.now(datetime.UTC).date()}")
+    print(f"# versions: torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}")
+    print(f"# command: python -m kernels.skinny_bench {' '.join(arguments)}".rstrip())
+    print(",".join(COLUMNS))
+    for (columns, depth), rows in product(shapes, args.rows):
+        for row in shape_rows(columns, depth, rows, candidates(columns)):
+            print(",".join(map(str, row.values())), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
