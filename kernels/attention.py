@@ -72,11 +72,6 @@ def shares_for(requests: int, heads: int, kv_heads: int) -> Shares:
     return FEW if requests * kv_heads <= FEW_PAIRS else MANY
 
 
-def splits_for(requests: int, kv_heads: int) -> int:
-    """Programs a (request, KV head) pair, for `paged_decode`, that leave none of its programs out."""
-    return -(-MANY.programs // (requests * kv_heads))
-
-
 @triton.jit
 def _ends(lengths_ptr, requests, BP: tl.constexpr, HK: tl.constexpr, KEYS: tl.constexpr):
     """int32 [BP]: tiles of requests 0 .. i, over all KV heads."""
@@ -261,12 +256,11 @@ def _combine(
 
 
 def paged_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: torch.Tensor, lengths: torch.Tensor,
-                 out: torch.Tensor, scale: float, splits: int | None = None) -> None:
+                 out: torch.Tensor, scale: float) -> None:
     """out[b] = attention of the one query of request b over its first lengths[b] keys; untouched where that is 0.
 
     q [B, heads * D] and out the same (rows may be strided); caches [pages, kv_heads, page_tokens, D], contiguous;
-    tables int32 [B, pages of a request]; lengths int32 [B]. D a power of two, at least 16. splits: programs a request and
-    KV head, on average, at most; by default as many as fill the GPU. ValueError for other shapes.
+    tables int32 [B, pages of a request]; lengths int32 [B]. D a power of two, at least 16. ValueError for other shapes.
     """
     _, kv_heads, page, width = k_cache.shape
     requests, heads = len(q), q.shape[1] // width
@@ -277,8 +271,7 @@ def paged_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, 
     if not requests:
         return
     shares, group, wide = shares_for(requests, heads, kv_heads), heads // kv_heads, q.dtype is torch.float32
-    tiles = -(-tables.shape[1] * page // KEYS)  # of a pair, at most
-    programs = min(shares.programs, requests * kv_heads * min(splits or tiles, tiles))
+    programs = min(shares.programs, requests * kv_heads * triton.cdiv(tables.shape[1] * page, KEYS))
     acc = torch.empty(2 * programs, group, width, dtype=torch.float32, device=q.device)
     sums = torch.empty(2 * programs, group, 2, dtype=torch.float32, device=q.device)
     sizes = {"BP": max(REQUESTS, triton.next_power_of_2(requests)), "HQ": heads, "HK": kv_heads, "D": width, "KEYS": KEYS}

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from kernels import attention as decoding  # noqa: E402
 from kernels import pointwise  # noqa: E402
-from kernels.attention import paged_decode, shares_for, splits_for  # noqa: E402
+from kernels.attention import paged_decode, shares_for  # noqa: E402
 from kernels.extend import blocks_of, extend, most_blocks  # noqa: E402
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -51,12 +51,12 @@ def by_hand(q, k, v, tables, lengths, heads):
     return torch.stack(rows)
 
 
-def attention_error(lengths, heads, kv_heads, width, dtype, device, splits):
+def attention_error(lengths, heads, kv_heads, width, dtype, device):
     k, v, tables, sizes = caches(lengths, kv_heads, width, dtype, device)
     packed = torch.randn(len(lengths), (heads + 2 * kv_heads) * width, generator=torch.Generator().manual_seed(1))
     q = packed.to(device, dtype)[:, : heads * width]  # strided, as in a fused projection
     out = torch.full((len(lengths), heads * width), float("nan"), dtype=dtype, device=device)
-    paged_decode(q, k, v, tables, sizes, out, width**-0.5, splits)
+    paged_decode(q, k, v, tables, sizes, out, width**-0.5)
     expected = by_hand(q, k, v, tables, sizes, heads)
     assert torch.equal(out.isnan(), expected.isnan()), "rows of length 0 are left as they are, and no others"
     return float((out.float() - expected).abs().nan_to_num().max())
@@ -64,9 +64,8 @@ def attention_error(lengths, heads, kv_heads, width, dtype, device, splits):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2)], ids=["multi-head", "grouped"])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_paged_decode_in_the_interpreter(heads, kv_heads, splits):
-    assert attention_error([1, 16, 65, 130], heads, kv_heads, 16, torch.float32, "cpu", splits) < 1e-5
+def test_paged_decode_in_the_interpreter(heads, kv_heads):
+    assert attention_error([1, 16, 65, 130], heads, kv_heads, 16, torch.float32, "cpu") < 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
@@ -76,17 +75,16 @@ def test_paged_decode_in_the_interpreter(heads, kv_heads, splits):
 def test_any_share_of_the_keys_gives_the_same(monkeypatch, programs, lengths, heads, kv_heads):
     """Pairs in one program, over two, over many; and pieces of more programs than are put together in one go."""
     monkeypatch.setattr(decoding, "shares_for", lambda *batch: decoding.Shares(programs, 2, 1))
-    assert attention_error(lengths, heads, kv_heads, 16, torch.float32, "cpu", None) < 1e-5
+    assert attention_error(lengths, heads, kv_heads, 16, torch.float32, "cpu") < 1e-5
 
 
 @cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 32), (28, 4)], ids=["llava", "qwen2-vl"])
-@pytest.mark.parametrize("splits", [None, 1, 16])
 @pytest.mark.parametrize("requests", [2, 8, 70])
-def test_paged_decode_on_the_gpu(heads, kv_heads, splits, requests):
+def test_paged_decode_on_the_gpu(heads, kv_heads, requests):
     lengths = ([1, 1000, 16, 17, 0, 64, 4095, 333] * 9)[:requests]
-    assert attention_error(lengths, heads, kv_heads, 128, torch.bfloat16, "cuda", splits) < 2e-2
+    assert attention_error(lengths, heads, kv_heads, 128, torch.bfloat16, "cuda") < 2e-2
 
 
 @cuda
@@ -112,10 +110,9 @@ def test_a_captured_decode_follows_the_lengths(heads, kv_heads):
         )
 
 
-def test_no_split_leaves_a_program_out():
-    assert [splits_for(batch, 32) for batch in (1, 8, 32, 64)] == [33, 5, 2, 1]
-    for batch, heads, kv_heads in ((1, 32, 32), (8, 32, 32), (9, 32, 32), (64, 28, 4)):
-        assert batch * kv_heads * splits_for(batch, kv_heads) >= shares_for(batch, heads, kv_heads).programs
+def test_shares_follow_the_batch_and_the_heads():
+    of = [shares_for(*batch) for batch in ((1, 32, 32), (8, 32, 32), (9, 32, 32), (64, 28, 4))]
+    assert of == [decoding.FEW, decoding.FEW, decoding.MANY, decoding.GROUPED]
 
 
 def extend_error(chunks, heads, kv_heads, width, dtype, device, spare=3):
