@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from kernels.attention import paged_decode, splits_for
+from kernels.attention import paged_decode
 from kernels.extend import extend
 
 
@@ -25,14 +25,13 @@ class Layout:
 
     decodes: rows 0..decodes-1 are one token each, but for those of length 0. tables int32 [requests, pages of one]: the
     decodes' first, then the chunks'. lengths int32 [decodes] (the new token included). blocks int32 [n, 4]: the rows of
-    chunks (`kernels.extend.blocks_of`). splits: of the decodes' keys.
+    chunks (`kernels.extend.blocks_of`).
     """
 
     decodes: int
     tables: torch.Tensor
     lengths: torch.Tensor
     blocks: torch.Tensor | None = None
-    splits: int | None = None
 
 
 def attend(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, heads: int, layout: Layout) -> torch.Tensor:
@@ -45,22 +44,10 @@ def attend(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, head
     if not _fused(q):
         return _reference(q, k_cache, v_cache, layout, scale, out)
     if n:
-        paged_decode(q[:n], k_cache, v_cache, layout.tables, layout.lengths, out[:n], scale, layout.splits)
+        paged_decode(q[:n], k_cache, v_cache, layout.tables, layout.lengths, out[:n], scale)
     if layout.blocks is not None:  # after the decodes: in a graph their surplus rows are chunks' rows
         extend(q, k_cache, v_cache, layout.tables, layout.blocks, out, scale)
     return out
-
-
-def warm(k_cache: torch.Tensor, v_cache: torch.Tensor, heads: int, width: int, max_batch: int) -> None:
-    """Compile the decode kernel for every number of splits that batches of up to `max_batch` take. On a GPU."""
-    _, kv_heads, page, d = k_cache.shape
-    sizes = {splits_for(n, kv_heads): n for n in range(max_batch, 0, -1)}
-    for n in sizes.values():
-        qkv = k_cache.new_zeros(n, (heads + 2 * kv_heads) * d)
-        tables = torch.zeros(n, width, dtype=torch.int32, device=k_cache.device)
-        lengths = torch.full((n,), page, dtype=torch.int32, device=k_cache.device)
-        out = k_cache.new_empty(n, heads * d)
-        paged_decode(qkv[:, : heads * d], k_cache, v_cache, tables, lengths, out, d**-0.5)
 
 
 def _gathered(cache: torch.Tensor, pages: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ from engine.models import Model, ModelShape
 from engine.positions import Rotary
 from kernels.batch import Key, Projection
 from kernels.pointwise import add_rms_norm, rope_store, silu_mul
+from kernels.skinny import linear
 
 Branch = Callable[[torch.Tensor, torch.Tensor, Key], None]
 """Adds the LoRA branches of a projection: (y, x, key), y in place."""
@@ -96,7 +97,7 @@ class Decoder:
         [layers, pages, kv_heads, page_tokens, head_dim].
         """
         cos, sin = self.rotary(positions)
-        heads, linear = self.shape.heads, nn.functional.linear
+        heads = self.shape.heads
         update = None
         for number, layer in enumerate(self.layers):
             normed = add_rms_norm(update, hidden, layer.input_norm, self.eps)
@@ -120,19 +121,19 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] of final hidden states."""
-        return nn.functional.linear(hidden, self.head)
+        return linear(hidden, self.head)
 
 
 def fuse(linears: list[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One weight (and bias) for linears of one input; theirs become views of it. A model already fused is left as it is."""
-    rows = [linear.weight.shape[0] for linear in linears]
-    weight = _joined([linear.weight for linear in linears])
-    bias = _joined([linear.bias for linear in linears]) if linears[0].bias is not None else None
-    for linear, part in zip(linears, weight.split(rows), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+    rows = [layer.weight.shape[0] for layer in linears]
+    weight = _joined([layer.weight for layer in linears])
+    bias = _joined([layer.bias for layer in linears]) if linears[0].bias is not None else None
+    for layer, part in zip(linears, weight.split(rows), strict=True):
+        layer.weight = nn.Parameter(part, requires_grad=False)
     if bias is not None:
-        for linear, part in zip(linears, bias.split(rows), strict=True):
-            linear.bias = nn.Parameter(part, requires_grad=False)
+        for layer, part in zip(linears, bias.split(rows), strict=True):
+            layer.bias = nn.Parameter(part, requires_grad=False)
     return weight, bias
 
 

@@ -22,7 +22,6 @@ from engine.lora import Lora
 from engine.packing import Packed
 from engine.sequence import Decodes
 from engine.staging import Staging, views
-from kernels.attention import splits_for
 from kernels.batch import LoraBatch
 from kernels.extend import BLOCK_FIELDS, blocks_of, most_blocks
 from policies.plan import MIXTURE, UNMERGED
@@ -31,8 +30,6 @@ PLAIN, BRANCHED, MIXED = range(3)
 KINDS = ("plain", "branched", "mixed")
 GROUPS = 4
 """Adapters that a step with prompts is expected to have: its LoRA tiles are cut for so many, and right for any number."""
-PACKED_SPLITS = 4
-"""Splits of the decodes' keys in a step with prompts, whose decodes may be few or many."""
 
 
 def buckets_up_to(most: int) -> list[int]:
@@ -139,7 +136,7 @@ class DecodeGraphs(StepGraphs):
         padded = [
             _padded(decodes.rows, bucket, len(self._last_tokens) - 1),
             np.tile(_padded(positions, bucket, 0), (self._rows, 1)),
-            _padded(slots, bucket, dummy * page), _padded(lengths, bucket, 1),
+            _padded(slots, bucket, dummy * page), _padded(lengths, bucket, 0),
         ]  # fmt: skip
         tables = np.full((bucket, self._width), dummy, np.int32)
         tables[:n] = decodes.tables
@@ -156,9 +153,8 @@ class DecodeGraphs(StepGraphs):
         rows, positions, slots, lengths, tables = views(buffer, shapes)
         rows.fill_(len(self._last_tokens) - 1)
         slots.fill_(dummy * self._cache.page_tokens)
-        lengths.fill_(1)
         tables.fill_(dummy)
-        layout = Layout(bucket, tables, lengths, splits=splits_for(bucket, decoder.shape.kv_heads))
+        layout = Layout(bucket, tables, lengths)
         batch, branch = self._branch(kind, bucket, None)
         tokens = torch.zeros(bucket, dtype=torch.int32, device=buffer.device)
 
@@ -225,7 +221,7 @@ class PackedGraphs(StepGraphs):
         slots.fill_(dummy * self._cache.page_tokens)
         tables.fill_(dummy)
         out_slots.fill_(len(self._last_tokens) - 1)
-        layout = Layout(decodes, tables, lengths, blocks=blocks, splits=PACKED_SPLITS)
+        layout = Layout(decodes, tables, lengths, blocks)
         batch, branch = self._branch(kind, bucket, GROUPS)
         tokens = torch.zeros(requests, dtype=torch.int32, device=buffer.device)
 

@@ -136,12 +136,13 @@ class Lora:
 
         return add
 
-    def warm(self, *, mixture: bool) -> None:
-        """Run operators and switch once in the shapes that may come, on rows of zeros, so that none is compiled while the
-        clock runs. No adapter may be resident."""
+    def warm(self, *, mixture: bool, graphs: bool = False) -> None:
+        """Run the switch, and operators that no graph has run (`graphs`: those that one can hold, have), once in the shapes
+        that may come, on rows of zeros, so that none is compiled while the clock runs. No adapter may be resident."""
+        captured = graphs and self.capturable(mixture=False)
         for rank in (rank for rank in self._ranks if rank <= self.pool.rows):
             self._warm_switch(rank)
-            if self._op is not None and self._op is not _reference:
+            if self._op is not None and self._op is not _reference and not captured:
                 self._warm_operators(rank, mixture=mixture)
 
     def _warm_switch(self, rank: int) -> None:
