@@ -1,5 +1,5 @@
-"""`python -m engine replay | generate | make-adapters | fuse | profile`: serve a trace, answer one prompt, make or train
-adapters, measure what the simulator needs to know.
+"""`python -m engine replay | baseline | generate | make-adapters | fuse | profile`: serve a trace, also beside PEFT, answer
+one prompt, make or train adapters, measure what the simulator needs to know.
 
 Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 2 (bad input; one line that says where and what
 to do), 3 (an invariant was broken: a bug, not bad input), 4 (`profile`: more is to be measured), 130 (interrupted; what had
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from engine.fusion.__main__ import add_arguments as add_fuse_arguments
 from engine.options import (
+    add_baseline_arguments,
     add_generate_arguments,
     add_make_adapters_arguments,
     add_profile_arguments,
@@ -30,6 +31,9 @@ def build_parser() -> SuggestingParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_replay_arguments(commands.add_parser("replay", help="replay a trace on this machine", description=(
         "Replay a trace through LoRA serving policies on this machine's GPU.")), known_policies())  # fmt: skip
+    add_baseline_arguments(commands.add_parser("baseline", help="replay beside transformers + PEFT", description=(
+        "Replay a trace in a closed loop, and serve its first requests by transformers with PEFT; tokens/s of both.")),
+        known_policies())  # fmt: skip
     add_generate_arguments(commands.add_parser("generate", help="answer one prompt", description="Answer one prompt."))
     add_make_adapters_arguments(commands.add_parser("make-adapters", help="write random adapters in PEFT's format",
                                 description="Write random adapters in PEFT's format."))  # fmt: skip
@@ -42,7 +46,7 @@ def build_parser() -> SuggestingParser:
 
 def run(args: argparse.Namespace) -> int:
     """The chosen command. torch is imported here: a misspelt option is answered at once."""
-    if args.command == "replay":
+    if args.command in ("replay", "baseline"):
         from engine.serve import replay
 
         return replay(args)

@@ -9,6 +9,8 @@ from traces.options import add_trace_arguments, count, names, positive, ranks
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
 TARGETS = {"attention": ("qkv", "o"), "all": ("qkv", "o", "gate_up", "down")}
+ROUTES = ("affinity", "consolidate", "least-outstanding", "round-robin")
+"""Routers that processes can follow: dLoRA's moves waiting requests from one replica to another."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -43,6 +45,8 @@ def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str
     add("--closed-loop", type=count, default=closed_loop, metavar="N",
         help="N requests in flight, one arrives when one ends"
         + (f" (default {closed_loop})" if closed_loop else " (default: they arrive by the trace)"))  # fmt: skip
+    add("--router", choices=ROUTES, default="least-outstanding",
+        help="which process a request goes to, under torchrun (default least-outstanding)")  # fmt: skip
     add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
     add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
     add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")
@@ -58,6 +62,13 @@ def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str
     add("--overwrite", action="store_true", help="replace results that --output finds there")
     add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr (default: on a terminal)")
     add("--check-invariants", action="store_true", help="prove the books after every step (slower)")
+
+
+def add_baseline_arguments(parser: argparse.ArgumentParser, policies: Iterable[str]) -> None:
+    """Options of `baseline`: those of `replay`, in a closed loop."""
+    add_replay_arguments(parser, policies, closed_loop=32)
+    parser.add_argument("--baseline-steps", type=count, default=12, metavar="N",
+                        help="decode steps of transformers + PEFT that are timed (default 12)")  # fmt: skip
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:

@@ -268,12 +268,33 @@ class Driver:
             )
 
 
-def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_bytes: int) -> RunResult:
-    """What a run left behind, in the simulator's form. After an interruption only the requests that had arrived count."""
+@dataclass(frozen=True)
+class Part:
+    """What one engine leaves for the record. end_ns: its last step, or the last arrival. reasons: by request."""
+
+    journal: Journal
+    end_ns: int
+    peak_pages: int
+    reasons: dict[int, str]
+
+    @staticmethod
+    def of(driver: Driver) -> Part:
+        """That of a driver whose run is over."""
+        end_ns = max(driver.last_ps // PS_PER_NS, driver.last_arrival_ns)
+        return Part(driver.journal, end_ns, driver.ledger.pool.peak, driver.reasons)
+
+
+def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_bytes: int,
+           parts: list[Part] | None = None) -> RunResult:  # fmt: skip
+    """What a run left behind, in the simulator's form. After an interruption only the requests that had arrived count.
+
+    parts: of all engines of the run, where there were several.
+    """
     pool = driver.ledger.pool
+    parts = parts or [Part.of(driver)]
     counters = {
-        "gpus": 1, "end_ns": max(driver.last_ps // PS_PER_NS, driver.last_arrival_ns),
-        "peak_pages": pool.peak, "pool_pages": pool.pages, "page_bytes": page_bytes,
+        "gpus": len(parts), "end_ns": max(part.end_ns for part in parts),
+        "peak_pages": max(part.peak_pages for part in parts), "pool_pages": pool.pages, "page_bytes": page_bytes,
     }  # fmt: skip
     if pool.adapter_room is not None:
         counters["adapter_room_pages"] = pool.adapter_room
@@ -281,15 +302,16 @@ def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_by
     if config.get("engine", {}).get("closed_loop"):
         most = config["engine"]["closed_loop"]
         notes.append(f"closed loop: {most} requests in flight, the trace's arrival times are not used")
-    if driver.arrived < len(trace):
-        notes.append(f"interrupted: {driver.arrived} of {len(trace)} requests had arrived")
-    for request, reason in list(driver.reasons.items())[:20]:
-        notes.append(f"request {request} failed: {reason}")
-    if len(driver.reasons) > 20:
-        notes.append(f"{len(driver.reasons) - 20} more requests failed")
-    run = result([driver.journal], policy=driver.policy.name, operator=operator, counters=counters,
+    arrived = sum(part.journal.ended for part in parts)
+    if arrived < len(trace):
+        notes.append(f"interrupted: {arrived} of {len(trace)} requests had arrived")
+    reasons = sorted((request, reason) for part in parts for request, reason in part.reasons.items())
+    notes += [f"request {request} failed: {reason}" for request, reason in reasons[:20]]
+    if len(reasons) > 20:
+        notes.append(f"{len(reasons) - 20} more requests failed")
+    run = result([part.journal for part in parts], policy=driver.policy.name, operator=operator, counters=counters,
                  config=config | {"notes": notes})  # fmt: skip
-    run.requests["task"] = trace.task[: driver.arrived].astype(np.int64)
+    run.requests["task"] = trace.task[:arrived].astype(np.int64)
     return run
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine import parallel
 from engine.arrivals import ClosedLoop
 from engine.build import Adapters, Engine, build, find_adapters
 from engine.clock import MockedClock, WallClock
@@ -26,6 +27,7 @@ from engine.decoder import Decoder
 from engine.graphs import BRANCHED, MIXED, PLAIN
 from engine.models import MODELS, Model, ModelError, load_model
 from engine.options import TARGETS
+from engine.peft_baseline import against_peft, text_only
 from engine.progress import Progress
 from engine.replay import Driver, EngineConfig, record, resolved, stripped
 from policies import Policy, make_policies, residency
@@ -42,15 +44,29 @@ MOST_CONTEXT = 4096
 
 
 def replay(args: argparse.Namespace) -> int:
-    """The command. 0, or 130 after an interruption."""
+    """The command, and `baseline`. 0, or 130 after an interruption."""
+    world = parallel.world()
+    try:
+        return _replay(args, world)
+    finally:
+        parallel.leave(world)
+
+
+def _replay(args: argparse.Namespace, world: parallel.World | None) -> int:
     policies = make_policies(args.policy, args.policy_option)
-    if args.output:
+    baseline = args.command == "baseline"
+    if world is not None and (args.closed_loop or baseline):
+        raise parallel.ParallelError("a closed loop and the baseline run in one process: start them without torchrun")
+    first = world is None or world.rank == 0
+    if args.output and first:
         check_target(args.output, args.overwrite)
     goodput = parse_goodput(args.goodput)
     began = time.perf_counter()
     model = model_of(args)
     config = engine_config(args, model)
     trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
+    if baseline:
+        text_only(trace)
     residency.numbers_of(config.pins, trace.adapters)  # a wrong name is answered before the work begins
     profile = find_profile(args.profile, model)
     found = find_adapters(trace.adapters, model, config.targets, args.adapter_dir, args.seed)
@@ -58,19 +74,22 @@ def replay(args: argparse.Namespace) -> int:
         print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
     print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     results: list[RunResult] = []
-    session = Session(model, config, trace, profile, found)
+    session = Session(model, config, trace, profile, found, world, args.router)
     with Signals() as signals:
         for policy in policies:
-            with Progress(policy.name, len(trace), args.progress) as progress:
+            with Progress(policy.name, len(trace), args.progress if first else "off") as progress:
                 result = session.measured(policy, args.warmup, progress, signals)
             if result is not None:
                 results.append(result)
             if signals.asked:
                 break
+    if baseline and results and not signals.asked:
+        del session  # its memory is wanted
+        against_peft(results, model, trace, args.closed_loop, args.baseline_steps)
     if results:
         names = [adapter.name for adapter in trace.adapters]
         publish(results, names, goodput, output=args.output, overwrite=args.overwrite, with_adapters=args.per_adapter)
-    if signals.asked:
+    if signals.asked and first:
         print(f"interrupted; {'what had finished is in' if results else 'there was not yet'} a result", file=sys.stderr)
     return 130 if signals.asked else 0
 
@@ -78,7 +97,9 @@ def replay(args: argparse.Namespace) -> int:
 class Session:
     """What the policies of one replay share: the model, the adapters' host copies, the trace."""
 
-    def __init__(self, model: Model, config: EngineConfig, trace: Trace, profile: Profile, found: Adapters):
+    def __init__(self, model: Model, config: EngineConfig, trace: Trace, profile: Profile, found: Adapters,
+                 world: parallel.World | None = None, router: str = "round-robin"):
+        self._world, self._router = world, router
         self.model, self.config, self.trace, self.profile, self.found = model, config, trace, profile, found
         self._decoder = Decoder(model)
 
@@ -97,20 +118,29 @@ class Session:
         print(f"{policy.name}: warmed up in {seconds:.1f} s, {_memory(engine)}", file=sys.stderr)
         if not getattr(policy, "strips_adapters", False):
             engine.hold(config.pins)
-        arrivals = ClosedLoop(trace, config.closed_loop) if config.closed_loop else None
+        world, arrivals, parts = self._world, None, None
+        if config.closed_loop:
+            arrivals = ClosedLoop(trace, config.closed_loop)
+        elif world is not None:
+            engine.journal.server = world.rank
+            arrivals = parallel.Shared(world, trace, self._router, engine.ledger, policy.name)
         with frozen_heap():  # a collection takes long, and the clock runs from when it is made
+            if signals.asked if world is None else world.largest(signals.asked):  # there all start together
+                return None
             driver = Driver(
                 trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
                 check_invariants=config.check_invariants, progress=progress.update, arrivals=arrivals,
             )  # fmt: skip
-            if signals.asked:
-                return None
-            signals.driver = driver
+            if world is not None:
+                driver.watchers.append(arrivals.report)
+            signals.driver, driver.stop = driver, signals.asked
             driver.run()
         signals.driver = None
+        if world is not None and (parts := parallel.together(world, driver, arrivals)) is None:
+            return None
         settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
         settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in self.found.reasons.items()]
-        result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes)
+        result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes, parts=parts)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
         return result
 
@@ -146,7 +176,7 @@ def warm_up(engine: Engine, policy: Policy, trace: Trace, config: EngineConfig, 
             graphs.capture(tuple(kinds))
         if (trace.images > 0).any():
             runner.vision.capture()
-        runner.lora.warm(mixture=policy.merges)
+        runner.lora.warm(mixture=policy.merges, graphs=True)
     if requests and len(trace):
         first = trace.take(np.arange(min(requests, len(trace))))
         first = first.with_(arrival_ns=np.zeros(len(first), np.int64))

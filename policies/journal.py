@@ -6,6 +6,7 @@ reads. It decides nothing and checks nothing. Rows are kept as machine integers,
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from struct import Struct
 
@@ -128,6 +129,38 @@ class Journal:
         """Flush everything; call once after the last row."""
         self._flush_steps()
         self._flush_runs()
+
+
+    def packed(self) -> bytes:
+        """All of it as bytes, for another process. Closes it."""
+        self.close()
+        parts = [self._requests, *(chunk.tobytes() for chunk in self._step_chunks), *self._details.values()]
+        head = {
+            "server": self.server, "keep_steps": self.keep_steps, "ended": self.ended, "counters": dict(self.counters),
+            "mode_ns": self.mode_ns, "where_ns": self.where_ns, "gaps": sorted(self._gaps.items()),
+            "details": list(self._details), "sizes": [len(part) for part in parts],
+        }  # fmt: skip
+        text = json.dumps(head).encode()
+        return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+    @staticmethod
+    def unpacked(packed: bytes) -> Journal:
+        """The journal that `packed` gave."""
+        start = 8 + int.from_bytes(packed[:8], "little")
+        head = json.loads(packed[8:start])
+        parts = []
+        for size in head["sizes"]:
+            parts.append(packed[start : start + size])
+            start += size
+        journal = Journal(head["server"], keep_steps=head["keep_steps"])
+        journal.ended, journal.mode_ns, journal.where_ns = head["ended"], head["mode_ns"], head["where_ns"]
+        journal.counters.update(head["counters"])
+        journal._gaps.update(dict(head["gaps"]))
+        details = len(head["details"])
+        journal._requests = bytearray(parts[0])
+        journal._step_chunks = [_rows(part, len(STEP_COLUMNS)) for part in parts[1 : len(parts) - details]]
+        journal._details = dict(zip(head["details"], map(bytearray, parts[len(parts) - details :]), strict=True))
+        return journal
 
 
 def _rows(cells: bytearray, columns: int) -> np.ndarray:

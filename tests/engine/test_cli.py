@@ -81,6 +81,24 @@ def test_replay_in_a_closed_loop_with_a_pinned_adapter_and_a_memory_for_one_more
     assert hits >= (slora.requests["adapter"] == 2).sum() > 0
 
 
+def test_the_baseline_serves_the_same_requests_by_peft(replay, tmp_path, capsys):
+    out = tmp_path / "results"
+    command = ["baseline", *replay[1:], "--policy", "slora", "--closed-loop", "3", "--baseline-steps", "2"]
+    assert main([*command, "--output", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "slora: " in printed.err
+    assert "output tokens/s over 6 requests, prefills included; transformers + PEFT: " in printed.err
+    (run,) = read_results(out)
+    found = run.config["baseline"]
+    assert (found["requests"], found["adapters"], found["steps"]) == (3, 2, 2)
+    assert found["decode_tokens_per_s"] == pytest.approx(3 / found["decode_step_ms"] * 1e3, rel=0.01)
+    assert found["ratio"] == pytest.approx(found["engine_tokens_per_s"] / found["tokens_per_s"], rel=0.01)
+    assert any("transformers + PEFT" in note for note in run.config["notes"])
+    with pytest.raises(SystemExit):
+        main([*command, "--workload", "video"])
+    assert "PEFT's mixed batch takes no images" in capsys.readouterr().err
+
+
 def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
     folder = str(tmp_path / "adapters")
     made = ["make-adapters", "--model", "tiny-llava", "--out", folder, "--adapters", "2", "--ranks", "4,8"]
