@@ -10,7 +10,9 @@ The table goes to stdout, progress to stderr. Exit codes: 0; 2 bad input; 3 a fl
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -51,13 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the parsed arguments say; the exit code. Bad input raises a ValueError of this package or of the engine's."""
+    """Do what the parsed arguments say; the exit code. Bad input raises a ValueError of this package or of the engine's.
+
+    args.words: what was typed after `python -m engine`.
+    """
     import torch
     import transformers
 
     from engine.fusion.checkpoint import OutOfTime, replace_text
     from engine.fusion.fuse import check_output
-    from engine.fusion.report import draw, render
+    from engine.fusion.report import draw, render, summary
     from engine.fusion.workers import repeatable_arithmetic
 
     output = Path(args.output)
@@ -80,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
         return EXIT_TIME
     text = render(report)
     replace_text(output / "report.txt", text)
+    told = summary(report, shlex.join(Path(word).name for word in args.words), time.monotonic() - began)
+    replace_text(output / "summary.json", json.dumps(told, indent=1) + "\n")
     draw(report, output / "fused.png")
     sys.stdout.write(text)
     return 0 if all(row["holds"] for row in report["domains"].values()) else EXIT_FLOOR
@@ -123,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = SuggestingParser("python -m engine fuse", description=__doc__.split("\n", maxsplit=1)[0])
     add_arguments(parser)
     args = parser.parse_args(argv)
+    args.words = ["fuse", *(sys.argv[1:] if argv is None else argv)]
     try:
         return run(args)
     except (ValueError, OSError) as error:  # every error of bad input is a ValueError

@@ -28,9 +28,9 @@ class Scale:
 SCALES = {
     "seconds": Scale(Recipe(rank=8, alpha=16.0, learning_rate=4e-3, batch=16, steps=40, check_every=10),
                      ("textures", "nodules", "stock"), 3),
-    "small": Scale(Recipe(rank=8, alpha=16.0, learning_rate=3e-3, batch=24, steps=160, check_every=40),
+    "small": Scale(Recipe(rank=16, alpha=32.0, learning_rate=3e-3, batch=24, steps=160, check_every=80),
                    tuple(generate_data.GENERATED), 0),
-    "full": Scale(Recipe(rank=16, alpha=32.0, learning_rate=2e-3, batch=48, steps=400, check_every=50),
+    "full": Scale(Recipe(rank=16, alpha=32.0, learning_rate=2e-3, batch=48, steps=300, check_every=75),
                   tuple(generate_data.GENERATED), 4),
 }  # fmt: skip
 

@@ -5,7 +5,8 @@ The folder that it writes:
     features/      the images, encoded; may be deleted
     adapters/ID/   PEFT folders with their heads, as the engine loads them
     packing.json   domain -> adapter
-    report.json    accuracies (base, own adapter, packed; decide and held-out), floors, cost; report.txt, fused.png
+    report.json    accuracies (base, own adapter, packed; decide and held-out), floors, cost
+    report.txt, fused.png, summary.json   the same to read, to look at, and to keep
 
 The held-out split is read once everything is decided.
 """
@@ -272,7 +273,8 @@ def _versions() -> dict[str, str]:
 
 def check_output(output: Path) -> None:
     """DomainError where `output` is a file, or a folder that holds something else than results of this command."""
-    known = {"runs", "features", "adapters", "packing.json", "report.json", "report.txt", "fused.png", "base", "data"}
+    known = {"base", "data", "runs", "features", "adapters", "packing.json", "report.json", "report.txt", "summary.json",
+             "fused.png"}  # fmt: skip
     if output.is_file():
         raise DomainError(f"{output}: is a file; name a folder")
     strange = sorted(p.name for p in output.iterdir() if p.name not in known and not p.name.startswith(".")) \

@@ -25,18 +25,20 @@ from engine.fusion.checkpoint import put_in_place, replace_text
 from engine.fusion.domains import SPLITS, DomainError
 from engine.fusion.drawings import Drawing
 
-SIZES = {"seconds": (96, 48, 48), "small": (400, 150, 150), "full": (1000, 400, 400)}
-"""Examples of the splits train, decide and heldout."""
+SIZES = {"seconds": (96, 48, 48), "small": (800, 400, 1200), "full": (1500, 600, 1600)}
+"""Examples of the splits train, decide and heldout. The last is read once, and its chance is part of every margin."""
 YAML = "domains.yaml"
 
 
 @dataclass(frozen=True)
 class Made:
-    """A generated domain: its task, its drawings, and the share of its own adapter's accuracy that it must keep."""
+    """A generated domain: its task, its drawings, the share of its own adapter's accuracy that it must keep, and whether a
+    head answers where the task alone does not say so."""
 
     task: str
     draw: Callable[[np.random.Generator], Drawing]
     relative: float = 0.85
+    head: bool = False
 
 
 GENERATED: dict[str, Made] = {
@@ -44,7 +46,8 @@ GENERATED: dict[str, Made] = {
     "typefaces": Made("classify", drawn.typeface), "tissue": Made("classify", drawn.tissue),
     "vehicles": Made("detect", drawn.aerial), "nodules": Made("detect", drawn.radiograph),
     "charts": Made("vqa", drawn.chart), "stock": Made("vqa", drawn.tally), "labels": Made("caption", drawn.shelf),
-    "pointing": Made("refer", drawn.refer), "cells": Made("video", drawn.drift), "gestures": Made("video", drawn.gesture),
+    "pointing": Made("refer", drawn.refer, head=True), "cells": Made("video", drawn.drift),
+    "gestures": Made("video", drawn.gesture),
 }  # fmt: skip
 
 
@@ -73,7 +76,7 @@ def write_domains(folder: str | Path, size: str, seed: int = 0, names: Sequence[
     for name in names:
         made = GENERATED[name]
         lines += [f"  - name: {name}", f"    task: {made.task}", f"    data: {name}/rows.jsonl",
-                  f"    floor: {{relative: {made.relative}}}"]  # fmt: skip
+                  f"    floor: {{relative: {made.relative}}}", *(["    head: true"] if made.head else [])]  # fmt: skip
     replace_text(folder / YAML, "\n".join(lines) + "\n")
     return folder / YAML
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 COLOURS = {"classify": "#0072B2", "detect": "#D55E00", "vqa": "#009E73", "caption": "#CC79A7", "refer": "#E69F00",
@@ -48,6 +49,15 @@ def render(report: Mapping) -> str:
     lines += ["", f"{'cost':<18}{'runs':>6}{'steps':>8}{'minutes':>9}"]
     lines += [f"{k:<18}{c['runs']:>6}{c['steps']:>8}{c['minutes']:>9.2f}" for k, c in report["cost"].items()]
     return "\n".join(lines) + "\n"
+
+
+def summary(report: Mapping, command: str, seconds: float) -> dict:
+    """The report without its single runs, and where it came from: what is kept as a measured result."""
+    origin = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "command": f"python -m engine {command}",
+        "seconds_of_the_last_call": round(seconds, 1),
+    }  # fmt: skip
+    return origin | {key: value for key, value in report.items() if key != "attempts"}
 
 
 def _figure(value: float | None) -> str:

@@ -36,8 +36,8 @@ DETECT_STEPS = 3
 """Queries that compete for boxes learn slowly (DETR trains ten times as long as its predecessors)."""
 REPLAY = 0.15
 """Turns of a domain above its floor, against 1 for the one furthest below."""
-EXTRA_SHARE = 2.0
-"""A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one: 4.7 times for twelve."""
+EXTRA_SHARE = 1.0
+"""A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one: 6.5 times for twelve."""
 PROGRESS = 0.02
 """The sum of what domains lack to their floors, in shares of the floors, must fall by so much to count as progress."""
 ACTIVATION_BYTES = 40 << 30

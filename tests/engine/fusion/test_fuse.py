@@ -30,7 +30,7 @@ from engine.fusion.domains import load_domains  # noqa: E402
 from engine.fusion.evaluate import predict  # noqa: E402
 from engine.fusion.fuse import Options, fuse  # noqa: E402
 from engine.fusion.graphed import CausalDecoder, Graphs  # noqa: E402
-from engine.fusion.report import curves, draw, render  # noqa: E402
+from engine.fusion.report import curves, draw, render, summary  # noqa: E402
 from engine.fusion.task_heads import Head, corners_of, giou, match  # noqa: E402
 from engine.fusion.train import Recipe  # noqa: E402
 from engine.fusion.workbench import open_workbench  # noqa: E402
@@ -139,6 +139,10 @@ def test_the_report_says_it_all(fused, tmp_path):
     assert all(word in text for word in ("ground", "fused-0", "heuristic", "yes", "joint", "own", "decoded"))
     assert any(line.startswith("floor of red: ") for line in said)
     assert {k for tasks in curves(report).values() for line in tasks.values() for k, _ in line} >= {1, 2}
+    kept = summary(report, "fuse --seed 0", 1.0)
+    assert kept["command"] == "python -m engine fuse --seed 0"
+    assert kept["domains"] == report["domains"]
+    assert "attempts" not in kept
     draw(report, tmp_path / "fused.png")
     assert (tmp_path / "fused.png").read_bytes().startswith(b"\x89PNG")
 
