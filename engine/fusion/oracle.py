@@ -2,7 +2,8 @@
 
 Two ways to train a set of domains. *jointly*: one run over all of them, each step the domain that is furthest below its
 floor, stopped once all floors hold; the result depends on the set alone. *in sequence*, the paper's: go on with the adapter
-of the domains before, for a fixed number of steps on the next domain only (or, with `early`, until all floors hold).
+of the domains before, on the next domain only, for as many steps as its own adapter took (or, with `early`, until all
+floors hold).
 
 A floor counts as held if it is met on the decide split with a margin for chance, so that it also holds on the held-out
 split, which is never looked at here. Every run is named by a hash of all that it depends on: what a killed search had
@@ -22,7 +23,7 @@ from statistics import NormalDist
 import torch
 
 from engine.fusion import checkpoint
-from engine.fusion.metrics import Score
+from engine.fusion.metrics import HIGHEST, Score
 from engine.fusion.search import Attempt
 from engine.fusion.train import Recipe, Result, Task, batch_loss, train
 from engine.fusion.workbench import Workbench
@@ -31,6 +32,7 @@ JOINT, SEQUENCE, SEQUENCE_EARLY = "joint", "sequence", "sequence-early"
 ERROR_CHANCE = 0.05
 """Chance that any one of the floors of a packing, all just held, fails on the held-out split."""
 SIGNAL_BATCH = 64
+ALL_BUT_PERFECT = 0.98
 
 
 @dataclass
@@ -55,11 +57,13 @@ class Runs:
         return self.folder / f"{kind}-{len(task.domains)}-{name}"
 
     def own_task(self, name: str) -> Task:
-        return Task((name,), (name,), self.recipe.steps_of(self.bench.domain(name)))
+        """Train until the accuracy is all but perfect, or no longer rises, or the recipe's steps are done."""
+        domain = self.bench.domain(name)
+        return Task((name,), (name,), self.recipe.steps_of(domain), {name: ALL_BUT_PERFECT * HIGHEST[domain.metric]})
 
     def train_decoded(self, name: str) -> Path:
-        """The domain's own adapter without a head, which decodes its answer, trained as long; its folder."""
-        task = replace(self.own_task(name), decode=True)
+        """The domain's own adapter without a head, which decodes its answer, trained for all of the steps; its folder."""
+        task = replace(self.own_task(name), floors=None, decode=True)
         self.run("decoded", task)
         return self.path("decoded", task)
 
@@ -67,7 +71,7 @@ class Runs:
         return self.path("own", self.own_task(name))
 
     def train_own(self, name: str) -> Result:
-        """The domain's own adapter, trained for the recipe's steps."""
+        """The domain's own adapter."""
         if name not in self.own:
             self.own[name] = self.run("own", self.own_task(name))
         return self.own[name]
@@ -115,7 +119,9 @@ class TrainingOracle:
         if self.kind == JOINT:
             return Task(order, order, recipe.cap([bench.domain(name) for name in order]), floors)
         known = floors if self.kind == SEQUENCE_EARLY else None
-        return Task(order, order[-1:], recipe.steps_of(bench.domain(order[-1])), known, self.path(order[:-1]))
+        domain = bench.domain(order[-1])
+        steps = self.runs.train_own(domain.name).steps if domain.relative else recipe.steps_of(domain)
+        return Task(order, order[-1:], steps, known, self.path(order[:-1]))
 
     def attempt(self, order: tuple[str, ...]) -> Attempt:
         """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it."""

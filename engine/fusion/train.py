@@ -47,8 +47,8 @@ BYTES_PER_ACTIVATION = 34
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps: of one domain, DETECT_STEPS times as many for boxes of a head. check_every: steps between evaluations of the
-    decide split (and checkpoints), where there are few domains.
+    """steps: of one domain at most, DETECT_STEPS times as many for boxes of a head. check_every: steps between evaluations
+    of the decide split (and checkpoints), where there are few domains.
 
     patience: a run with floors ends after so many checks without one more of them held and without coming nearer to them.
     """
@@ -68,7 +68,7 @@ class Recipe:
         return self.check_every * (1 + domains // 6)
 
     def steps_of(self, domain: Domain) -> int:
-        """Optimizer steps of the domain's own adapter."""
+        """The most optimizer steps of the domain's own adapter."""
         return self.steps * DETECT_STEPS if domain.boxed and domain.head else self.steps
 
     def cap(self, domains: Sequence[Domain]) -> int:
