@@ -106,6 +106,7 @@ class TrainingOracle:
         self.runs, self.kind = runs, kind
         self.domains = domains or tuple(domain.name for domain in runs.bench.domains)
         self.ordered = kind != JOINT
+        self.alone = frozenset(name for name in self.domains if runs.bench.domain(name).relative)
         self._signal: dict[str, dict[str, float]] | None = None
         self._signal_steps = 0
 

@@ -7,6 +7,7 @@ tell it from a downloaded one. Killed at any moment it goes on at its last check
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import time
@@ -121,6 +122,10 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     tokenizer.save_pretrained(unfinished)
     checkpoint.put_in_place(unfinished, folder)
     shutil.rmtree(work, ignore_errors=True)
+    del model
+    if torch.device(device).type == "cuda":
+        gc.collect()  # graphs and the modules that they replace refer to each other
+        torch.cuda.empty_cache()
     return folder
 
 

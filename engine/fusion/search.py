@@ -49,11 +49,13 @@ class Oracle(Protocol):
     """Trains and evaluates. `attempt` is a function of its argument: the same order gives the same accuracies.
 
     domains: in the user's order. ordered: False if the result of a set of domains does not depend on their order.
+    alone: domains whose own adapters are there already and hold, so that to ask for one costs no step.
     similarity(a, b): a cheap signal of how well two domains get along, higher is better; any scale.
     """
 
     domains: tuple[str, ...]
     ordered: bool
+    alone: frozenset[str]
 
     def attempt(self, order: tuple[str, ...]) -> Attempt: ...
 
@@ -123,8 +125,11 @@ class _Trials:
     def more(self) -> bool:
         return self.limit is None or len(self.known) < self.limit
 
-    def reached(self, groups: list[Group]) -> None:
-        self.steps_to.setdefault(len(groups), self.steps)
+    def reached(self, groups: list[Group], rest: Iterable[str] = ()) -> None:
+        """A packing is known: of these groups, and an own adapter for each of the rest."""
+        rest = list(rest)
+        if self.oracle.alone.issuperset(rest):
+            self.steps_to.setdefault(len(groups) + len(rest), self.steps)
 
     def packing(self, groups: Iterable[Group], proven: bool) -> Packing:
         return Packing(tuple(groups), self.steps, len(self.known), dict(self.steps_to), proven)
@@ -186,8 +191,6 @@ def search(oracle: Oracle, retries: int | None = None, watch: Callable[[Attempt]
         raise ValueError(f"the domains {oracle.domains} must be one or more different names")
     trials = _Trials(oracle, watch=watch)
     groups, missing = _first_packing(trials)
-    if not missing:
-        trials.reached(groups)
     trials.limit = None if retries is None else len(trials.known) + retries
     if len(oracle.domains) <= EXACT:
         groups, proven = _exact(trials, None if missing else groups)
@@ -209,6 +212,7 @@ def _first_packing(trials: _Trials) -> tuple[list[Group], set[str]]:
             continue
         groups.append(group)
         rest = [domain for domain in rest if domain not in group.serves]
+        trials.reached(groups, [*rest, *missing])
         guess = max(2 * len(group.serves), 1)
     return groups, missing
 

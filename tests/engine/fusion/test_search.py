@@ -18,6 +18,7 @@ class MadeUp:
     def __init__(self, n, accuracies, ordered=False, similarity=None):
         self.domains = tuple("abcdefghijklmnop"[:n])
         self.ordered = ordered
+        self.alone = frozenset()
         self._accuracies = accuracies
         self._similarity = similarity
         self.asked = []
@@ -141,6 +142,18 @@ def test_what_a_failed_attempt_holds_is_kept():
     packing = search(oracle, retries=0)
     assert [sorted(g.serves) for g in packing.groups] == [list("abcdefgh"), ["i", "j"]]
     assert packing.attempts == 2
+
+
+def test_own_adapters_that_are_there_complete_a_packing_at_once():
+    """Six of ten held together: with four own adapters a packing of five is known after one attempt, before one of less."""
+    oracle = MadeUp(10, lambda t: [0.0 if len(t) > 4 and d > 5 else 1.0 for d in t])
+    assert search(oracle, retries=0).steps_to == {2: 2 * STEPS}
+    oracle.alone = frozenset(oracle.domains)
+    packing = search(oracle, retries=0)
+    assert packing.steps_to == {5: STEPS, 2: 2 * STEPS}
+    assert packing.first_steps(4) == 2 * STEPS
+    oracle.alone = frozenset("abcdefghi")
+    assert search(oracle, retries=0).steps_to == {2: 2 * STEPS}
 
 
 def test_heuristic_rolls_back_and_opens_a_new_adapter():
