@@ -17,7 +17,7 @@ import torch
 from engine.adapters import HostAdapter, Loader, packed, random_packed
 from engine.cache import PageCache
 from engine.decoder import Decoder, projections_of
-from engine.graphs import DecodeGraphs, PackedGraphs
+from engine.graphs import BRANCHED, MIXED, DecodeGraphs, PackedGraphs, compile_branches
 from engine.heads import HeadError, TaskHead, random_head, read_head
 from engine.lora import Lora, operator_of, padded_rank
 from engine.models import Model, ModelError, ModelShape
@@ -152,6 +152,9 @@ def build(model: Model, decoder: Decoder, adapters: tuple[Adapter, ...], found: 
         decoder, adapters, operator, merges=policy.merges, max_tokens=limits.max_batch_tokens, targets=config.targets,
         rows=rows, spare=config.spare_adapters,
     )  # fmt: skip
+    if config.graphs and model.device.type == "cuda":
+        kinds = () if not rows else (BRANCHED, MIXED) if policy.merges else (BRANCHED,)
+        compile_branches(lora, kinds, max_batch=limits.max_batch, max_tokens=limits.max_batch_tokens)
     loader = Loader(lora, list(found.hosts))
     pages = config.pages or _pages(model, page_bytes, config)
     adapter_pages = tuple(pages_of_rank(adapter.rank, per_rank, page_bytes) for adapter in adapters)

@@ -58,6 +58,7 @@ class StepGraphs:
     """What both kinds of steps share: graphs by (kind, bucket), and their branches. Nothing is captured before `capture`."""
 
     buckets: list[int]
+    _expected: int | None = None  # adapters of a step, None: as many as it may have
 
     def __init__(self, decoder: Decoder, cache: PageCache, lora: Lora, last_tokens: torch.Tensor, width: int):
         self._decoder, self._cache, self._lora, self._last_tokens = decoder, cache, lora, last_tokens
@@ -92,17 +93,12 @@ class StepGraphs:
         sizes = [-(-int(np.prod(shape)) // 4) * 4 for shape in shapes]
         return torch.zeros(sum(sizes), dtype=torch.int32, device=self._last_tokens.device)
 
-    def _branch(self, kind: int, bucket: int, expected: int | None) -> tuple[LoraBatch | None, Branch | None]:
+    def _branch(self, kind: int, bucket: int) -> tuple[LoraBatch | None, Branch | None]:
         """The LoRA side of a graph, made for any adapters."""
         if kind == PLAIN:
             return None, None
-        lora = self._lora
-        batch = LoraBatch(lora.pool, bucket)
-        groups = min(bucket, lora.pool.slots + 1)
-        batch.fix(bucket, groups, lora.rank, expected and min(expected, groups))
-        batch.update(np.full(bucket, -1, np.int32), -1)
-        batch.merged = 0 if kind == MIXED else -1  # which form the operator captures; the slot comes with each replay
-        return batch, lora.bound(batch, mixture=kind == MIXED)
+        batch = _batch(self._lora, kind, bucket, self._expected)
+        return batch, self._lora.bound(batch, mixture=kind == MIXED)
 
     def _update(self, captured: Captured, kind: int, merged: int, adapters: np.ndarray, bucket: int) -> None:
         """Tell the graph's branch which row asks for which adapter."""
@@ -155,7 +151,7 @@ class DecodeGraphs(StepGraphs):
         slots.fill_(dummy * self._cache.page_tokens)
         tables.fill_(dummy)
         layout = Layout(bucket, tables, lengths)
-        batch, branch = self._branch(kind, bucket, None)
+        batch, branch = self._branch(kind, bucket)
         tokens = torch.zeros(bucket, dtype=torch.int32, device=buffer.device)
 
         def step() -> None:
@@ -174,6 +170,8 @@ class PackedGraphs(StepGraphs):
 
     hidden [max_tokens, hidden]: where the caller puts the rows' embeddings before `replay`.
     """
+
+    _expected = GROUPS
 
     def __init__(self, decoder: Decoder, cache: PageCache, lora: Lora, last_tokens: torch.Tensor, *, max_batch: int,
                  max_tokens: int, width: int):
@@ -222,7 +220,7 @@ class PackedGraphs(StepGraphs):
         tables.fill_(dummy)
         out_slots.fill_(len(self._last_tokens) - 1)
         layout = Layout(decodes, tables, lengths, blocks)
-        batch, branch = self._branch(kind, bucket, GROUPS)
+        batch, branch = self._branch(kind, bucket)
         tokens = torch.zeros(requests, dtype=torch.int32, device=buffer.device)
 
         def step() -> None:
@@ -235,6 +233,24 @@ class PackedGraphs(StepGraphs):
             self._last_tokens[out_slots] = tokens
 
         return Captured(self._record(step), buffer, batch, tokens)
+
+
+def compile_branches(lora: Lora, kinds: tuple[int, ...], *, max_batch: int, max_tokens: int) -> None:
+    """Compile the LoRA kernels that the graphs of these kinds will capture, on all cores. Before memory is handed out, for
+    the compiling processes want some of the GPU's."""
+    sizes = [(bucket, None) for bucket in buckets_up_to(max_batch)]
+    sizes += [(bucket, GROUPS) for bucket in token_buckets_up_to(max_tokens)]
+    lora.compile([_batch(lora, kind, *size) for kind in kinds if kind != PLAIN for size in sizes])
+
+
+def _batch(lora: Lora, kind: int, bucket: int, expected: int | None) -> LoraBatch:
+    """A batch of no adapter's rows in the largest shape that a bucket may have."""
+    batch = LoraBatch(lora.pool, bucket)
+    groups = min(bucket, lora.pool.slots + 1)
+    batch.fix(bucket, groups, lora.rank, expected and min(expected, groups))
+    batch.update(np.full(bucket, -1, np.int32), -1, route=False)
+    batch.merged = 0 if kind == MIXED else -1  # which form the operator captures; the slot comes with each replay
+    return batch
 
 
 def recorded(step: Callable[[], None], pool=None) -> torch.cuda.CUDAGraph:

@@ -136,6 +136,15 @@ class Lora:
 
         return add
 
+    def compile(self, batches: list[LoraBatch]) -> None:
+        """Compile, on all cores, what the operator will launch for batches of these shapes, where it can say so."""
+        from kernels import atmm, precompile
+
+        known = [batch for batch in batches if (self._mixture_op if batch.merged >= 0 else self._op) is atmm.atmm]
+        launches = [launch for batch in known for name in self.pool.projections
+                    for launch in atmm.launches(self.pool, batch, name)]  # fmt: skip
+        precompile.make_ready(launches)
+
     def warm(self, *, mixture: bool, graphs: bool = False) -> None:
         """Run the switch, and operators that no graph has run (`graphs`: those that one can hold, have), once in the shapes
         that may come, on rows of zeros, so that none is compiled while the clock runs. No adapter may be resident."""

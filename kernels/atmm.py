@@ -70,12 +70,8 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     """The launches of one shape, as a function of (y, x, layer)."""
     if batch.tokens == 0 or batch.adapters == 0:
         return lambda y, x, layer: None
-    projection, mixture = pool.projections[name], batch.merged >= 0
-    rank = max(16, triton.next_power_of_2(batch.rank))
-    uneven = batch.uneven and batch.tokens >= LONG
-    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
-    strides = (x.stride(0), y.stride(0))
-    make = partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides, groups=batch.adapters)
+    mixture = batch.merged >= 0
+    shape, make = _shape(pool, batch, name, (x.stride(0), y.stride(0)))
     if tiling:
         tiling = fitting(tiling, shape.d_in, mixture=mixture)
         launches = make(tiling)
@@ -97,6 +93,23 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
             run(*[here[name] for name in given], *rest)
 
     return run_all
+
+
+def _shape(pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int]) -> tuple[Shape, Callable]:
+    """(what decides the tiling of a projection, its launches as a function of the tiling)."""
+    projection = pool.projections[name]
+    rank = max(16, triton.next_power_of_2(batch.rank))
+    uneven = batch.uneven and batch.tokens >= LONG
+    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
+    mixture = batch.merged >= 0
+    return shape, partial(resolve, shape, dtype=pool.dtype, mixture=mixture, strides=strides, groups=batch.adapters)
+
+
+def launches(pool: LoraPool, batch: LoraBatch, name: str) -> list[Launch]:
+    """What a call over `batch` will launch for a projection whose x and y are contiguous, to be compiled ahead of it."""
+    projection = pool.projections[name]
+    shape, make = _shape(pool, batch, name, (projection.d_in, projection.d_out))
+    return make(fitting(lookup(shape.rounded()), shape.d_in, mixture=batch.merged >= 0))
 
 
 def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict:

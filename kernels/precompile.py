@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
 from kernels import branch, stream
 from kernels.launch import Launch
+
+PATIENCE_S = 3.0
+"""As long as a dozen kernels take to compile, or some hundreds to be found in the cache; processes take longer to start."""
 
 
 def compile_one(kernel: str, *resolved) -> str:
@@ -25,11 +29,30 @@ def compile_one(kernel: str, *resolved) -> str:
     return ""
 
 
+def _resolved(launch: Launch) -> tuple:
+    return launch.grid, launch.constants, launch.types, launch.warps
+
+
 def compile_all(launches: list[Launch]) -> dict[str, str]:
     """Compile every distinct launch in parallel; {Launch.code: error} of those that failed."""
     distinct = {launch.code: launch for launch in launches}
-    jobs = [(j.kernel.__name__, j.grid, j.constants, j.types, j.warps) for j in distinct.values()]
+    jobs = [(launch.kernel.__name__, *_resolved(launch)) for launch in distinct.values()]
     return {code: error for code, error in zip(distinct, in_parallel(compile_one, jobs), strict=True) if error}
+
+
+def make_ready(launches: list[Launch]) -> None:
+    """Compile every distinct launch that Triton's disk cache lacks: here while that goes quickly, else on all cores.
+
+    The processes are gone afterwards, and with them their memory on the GPU. A launch that does not fit the device is left
+    to whoever calls it.
+    """
+    left, began = list({launch.code: launch for launch in launches}.values()), time.monotonic()
+    while left and time.monotonic() - began < PATIENCE_S:
+        compile_one(left[-1].kernel.__name__, *_resolved(left.pop()))
+    if left:
+        compile_all(left)
+        _workers().shutdown()
+        _workers.cache_clear()
 
 
 def in_parallel(work: Callable, jobs: list[tuple]) -> list:

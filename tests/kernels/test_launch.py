@@ -9,6 +9,7 @@ from triton.runtime.errors import OutOfResources
 
 from kernels import atmm as operator
 from kernels import launch as launching
+from kernels import precompile
 from kernels.atmm import resolve
 from kernels.batch import LoraBatch, LoraPool, Projection
 from kernels.launch import Launch
@@ -79,3 +80,29 @@ def test_a_tiling_that_does_not_fit_gives_way_to_the_default(monkeypatch, launch
         return resolve(SHAPE, tiling, torch.float16, mixture=False, strides=(4096, 4096))
 
     assert operator._choose(make, SHAPE, batch)[0] == default(SHAPE)
+
+
+def test_what_is_compiled_ahead_is_what_a_call_launches(monkeypatch, launched):
+    pool = LoraPool({"qkv": Projection(64, (64, 32, 32))}, layers=1, slots=3, rows=64, dtype=torch.float16)
+    batch = LoraBatch(pool, 640)
+    batch.fix(640, 4, 16, 2)
+    batch.update(np.full(640, -1, np.int32), route=False)
+    ahead = [launch.code for launch in operator.launches(pool, batch, "qkv")]
+    bound = []
+    monkeypatch.setattr(Launch, "bind", lambda launch, device: bound.append(launch.code) or (lambda *arguments: None))
+    x, y = (torch.zeros(640, width, dtype=torch.float16) for width in (64, 128))
+    operator.atmm(y, x, pool, batch, (0, "qkv"))
+    assert bound == ahead
+
+
+def test_many_kernels_are_compiled_on_all_cores_and_few_here(monkeypatch):
+    here, everywhere = [], []
+    monkeypatch.setattr(precompile, "compile_one", lambda kernel, *resolved: here.append(kernel) or "")
+    monkeypatch.setattr(precompile, "in_parallel", lambda work, jobs: everywhere.extend(jobs) or [""] * len(jobs))
+    launches = [shrink_of(SHAPE, Tiling(split=4, k_block=block)) for block in (64, 128, 64)]
+    precompile.make_ready(launches)
+    assert here == ["shrink", "shrink"], "each once"
+    monkeypatch.setattr(precompile, "PATIENCE_S", 0.0)
+    precompile.make_ready(launches)
+    assert (len(here), len(everywhere)) == (2, 2)
+    assert precompile._workers.cache_info().currsize == 0, "their memory on the GPU is free again"
