@@ -22,8 +22,8 @@ PAGE = 4
 def make_ledger(tiny_profile):
     """Function: (pool_pages, ranks, limits, **) -> Ledger. resident: adapters that are loaded from the start."""
 
-    def make(pool_pages=1000, ranks=(8, 8, 16), limits=None, *, resident=(), oracle=False, prefix_cache=True, adapter_room=None,
-             **profile):  # fmt: skip
+    def make(pool_pages=1000, ranks=(8, 8, 16), limits=None, *, resident=(), oracle=False, prefix_cache=True,
+             adapter_room=None, **profile):  # fmt: skip
         adapters = tuple(Adapter(f"a{i}", rank) for i, rank in enumerate(ranks))
         pool = Pool(pool_pages, PAGE, adapters, tuple(rank // 4 for rank in ranks), prefix_cache=prefix_cache,
                     adapter_room=adapter_room)  # fmt: skip
