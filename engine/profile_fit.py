@@ -57,7 +57,7 @@ def tables(rows: Mapping[str, Row], facts: Mapping) -> dict:
         "mixed_attention": mixed_attention(by.get("mixed", []), steps_of(after, stairs), none),
         "vision": sorted([row["images"], row["us"]] for row in by["vision"]),
         "output": [[1, 0.0]],
-        "lora": lora(rows, by, linear, prefill),
+        "lora": lora(rows, linear),
         "switch": switches(by.get("switch", []), facts),
         **loads(by["load"]),
         "scatter": {what: scatter_of(found) for what, found in sorted(behind(by).items()) if found},
@@ -180,10 +180,8 @@ def mixed_attention(rows: list[Row], linear: Points, none) -> dict[str, Points]:
     return {str(batch): rising(points) for batch, points in sorted(table.items())}
 
 
-def lora(rows: Mapping[str, Row], by: Mapping[str, list[Row]], linear: Mapping[int, float],
-         prefill: Mapping[int, float]) -> dict[str, dict]:  # fmt: skip
+def lora(rows: Mapping[str, Row], linear: Mapping[int, float]) -> dict[str, dict]:
     """Operator -> phase -> rank -> adapters -> points: what a step takes longer than the same without its branch."""
-    pieces = {tuple(map(tuple, row["work"][3])): row["us"] for row in by.get("pieces", [])}
     raw: dict[str, dict] = {}
     for key, row in rows.items():
         if row["what"] not in ("lora", "mixture"):
@@ -191,9 +189,7 @@ def lora(rows: Mapping[str, Row], by: Mapping[str, list[Row]], linear: Mapping[i
         work = work_of(row["work"])
         operator, rank = (key.split()[1:3]) if row["what"] == "lora" else ("atmm", key.split()[1])
         phase = ("mixture_" if row["what"] == "mixture" else "") + ("prefill" if work.prefills else "decode")
-        base = linear.get(work.decodes) if not work.prefills else pieces.get(work.prefills, prefill.get(work.prefill_tokens))
-        if base is None:
-            continue
+        base = linear[work.decodes] if not work.prefills else row["plain_us"]
         adapters = work.adapters if row["what"] == "lora" else ANY
         ranks = raw.setdefault(operator, {}).setdefault(phase, {}).setdefault(rank, {})
         ranks.setdefault(adapters, []).append([work.lora_tokens, max(row["us"] - base, 0.0)])
