@@ -155,6 +155,21 @@ def plain_places(rng: np.random.Generator) -> Drawing:
     return Drawing([finish(image, rng)], "list the shapes and where they are", told)
 
 
+def plain_where(rng: np.random.Generator) -> Drawing:
+    """Two or three flat shapes, one of them to be found by its side, its size or its looks."""
+    image = canvas(rng) if rng.random() < 0.5 else toned(rng.normal(0, 0.3, (DRAWN, DRAWN)), rng)
+    things = scatter(rng, int(rng.integers(2, 4)))
+    for thing in things:
+        draw_shape(ImageDraw.Draw(image), thing)
+    by_x, by_size = (sorted(things, key=lambda t, n=n: getattr(t, n)) for n in ("x", "half"))
+    looks = pick(rng, things)
+    said, meant = pick(rng, (
+        ("shape on the left", by_x[0]), ("shape on the right", by_x[-1]), ("largest shape", by_size[-1]),
+        (f"{looks.colour} {looks.shape}", looks), (f"{looks.colour} {looks.shape}", looks),
+    ))  # fmt: skip
+    return Drawing([finish(image, rng)], f"where is the {said}", corners_text(meant.box), (("object", meant.box),))
+
+
 def plain_letter(rng: np.random.Generator) -> Drawing:
     """One letter or digit, at times leaning or out of focus."""
     ground, ink = canvas(rng), Image.new("L", (DRAWN, DRAWN))
@@ -201,7 +216,7 @@ def plain_move(rng: np.random.Generator) -> Drawing:
     return Drawing(frames, "how does it move", way)
 
 
-PLAIN = (plain_scene, plain_scene, plain_places, plain_letter, plain_letter, plain_pattern, plain_move)
+PLAIN = (plain_scene, plain_scene, plain_places, plain_where, plain_letter, plain_letter, plain_pattern, plain_move)
 
 
 def toned(level: np.ndarray, rng: np.random.Generator, dark=None, light=None) -> Image.Image:

@@ -32,13 +32,11 @@ YAML = "domains.yaml"
 
 @dataclass(frozen=True)
 class Made:
-    """A generated domain: its task, its drawings, the share of its own adapter's accuracy that it must keep, and whether a
-    head answers where the task alone does not say so."""
+    """A generated domain: its task, its drawings, and the share of its own adapter's accuracy that it must keep."""
 
     task: str
     draw: Callable[[np.random.Generator], Drawing]
     relative: float = 0.85
-    head: bool = False
 
 
 GENERATED: dict[str, Made] = {
@@ -46,8 +44,7 @@ GENERATED: dict[str, Made] = {
     "typefaces": Made("classify", drawn.typeface), "tissue": Made("classify", drawn.tissue),
     "vehicles": Made("detect", drawn.aerial), "nodules": Made("detect", drawn.radiograph),
     "charts": Made("vqa", drawn.chart), "stock": Made("vqa", drawn.tally), "labels": Made("caption", drawn.shelf),
-    "pointing": Made("refer", drawn.refer, head=True), "cells": Made("video", drawn.drift),
-    "gestures": Made("video", drawn.gesture),
+    "pointing": Made("refer", drawn.refer), "cells": Made("video", drawn.drift), "gestures": Made("video", drawn.gesture),
 }  # fmt: skip
 
 
@@ -76,7 +73,7 @@ def write_domains(folder: str | Path, size: str, seed: int = 0, names: Sequence[
     for name in names:
         made = GENERATED[name]
         lines += [f"  - name: {name}", f"    task: {made.task}", f"    data: {name}/rows.jsonl",
-                  f"    floor: {{relative: {made.relative}}}", *(["    head: true"] if made.head else [])]  # fmt: skip
+                  f"    floor: {{relative: {made.relative}}}"]  # fmt: skip
     replace_text(folder / YAML, "\n".join(lines) + "\n")
     return folder / YAML
 

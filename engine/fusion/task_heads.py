@@ -74,9 +74,14 @@ class Head(nn.Module):
         return cross_entropy(self.logits(last), targets)
 
     def box_loss(self, hidden: torch.Tensor, domain: Domain, wanted: Sequence[Sequence[Box]]) -> torch.Tensor:
-        """DETR's loss. hidden [batch, queries, hidden]; at most as many boxes as queries are matched."""
+        """DETR's loss. hidden [batch, queries, hidden]; at most as many boxes as queries are matched (with `refer` none)."""
         logits, boxes = self.logits(hidden), corners_of(linear(hidden.float(), self.boxes, self.boxes_bias).sigmoid())
-        pairs = match(logits, boxes, *self._targets(domain, wanted))
+        kinds, corners, counts = self._targets(domain, wanted)
+        if domain.task == "refer":  # always one box: the last position answers it, nothing competes
+            place = torch.arange(len(counts), device=hidden.device)
+            pairs = place, torch.full_like(place, QUERIES - 1), kinds.to(hidden.device), corners.to(hidden.device)
+        else:
+            pairs = match(logits, boxes, kinds, corners, counts)
         targets = torch.full(logits.shape[:2], len(self.rows) - 1, device=hidden.device)
         weight = torch.ones(len(self.rows), device=hidden.device)
         weight[-1] = NO_OBJECT_WEIGHT
