@@ -127,6 +127,7 @@ class TrainingOracle:
     def attempt(self, order: tuple[str, ...]) -> Attempt:
         """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it."""
         spent, self._signal_steps = self._signal_steps, 0
+        milestones = ()
         if len(order) == 1:
             result = self.runs.train_own(order[0])
             relative = self.runs.bench.domain(order[0]).relative
@@ -137,9 +138,11 @@ class TrainingOracle:
                 spent += self.attempt(order[:-1]).steps
             result = self.runs.run(self.kind, self._task(order))
             held = self.runs.held(result.scores)
+            if self.kind == JOINT:
+                milestones = tuple((spent + step, frozenset(names)) for step, names in result.milestones)
             spent += result.steps
         accuracies = {name: score.value for name, score in result.scores.items()}
-        return Attempt(order, accuracies, held, spent)
+        return Attempt(order, accuracies, held, spent, milestones)
 
     def similarity(self, a: str, b: str) -> float:
         """Cosine of the gradients that one batch of each domain gives a fresh adapter (its B factors), answers decoded.

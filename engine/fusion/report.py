@@ -33,7 +33,7 @@ def render(report: Mapping) -> str:
     for name, other in report["compared"].items():
         missed = sum(score[0] < report["domains"][domain]["floor"] for domain, score in other["held_out"].items())
         lines.append(_packing_line(name, other, ours["steps_to"], other["adapters"], missed))
-    lines += ["`steps to the same`: what ours had spent when it first knew a packing of as few adapters.", ""]
+    lines += ["`steps to the same`: what ours had spent at the check that first showed a packing of as few adapters.", ""]
     for number, group in enumerate(ours["groups"]):
         lines.append(f"fused-{number}: {', '.join(group)}")
     if report["decoded"]:

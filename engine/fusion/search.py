@@ -37,12 +37,14 @@ class Attempt:
     """One training: the domains in order, the accuracy of each afterwards, those held above their floor, its own steps.
 
     steps: optimizer steps that this attempt cost beyond what was trained before (an attempt known already costs 0).
+    milestones: (steps, domains held) where it could have been stopped with more of them held than before.
     """
 
     order: tuple[str, ...]
     accuracies: Mapping[str, float]
     held: frozenset[str]
     steps: int
+    milestones: tuple[tuple[int, frozenset[str]], ...] = ()
 
 
 class Oracle(Protocol):
@@ -115,6 +117,9 @@ class _Trials:
         key = self.key(order)
         if key not in self.known:
             made = self.oracle.attempt(key)
+            if not self.known:  # nothing is packed yet: what is not held has its own adapter, or none
+                for steps, held in made.milestones:
+                    self._reached(1, set(self.oracle.domains) - held, steps)
             self.known[key] = made
             self.by_set.setdefault(frozenset(key), []).append(made)
             self.steps += made.steps
@@ -127,9 +132,11 @@ class _Trials:
 
     def reached(self, groups: list[Group], rest: Iterable[str] = ()) -> None:
         """A packing is known: of these groups, and an own adapter for each of the rest."""
-        rest = list(rest)
-        if self.oracle.alone.issuperset(rest):
-            self.steps_to.setdefault(len(groups) + len(rest), self.steps)
+        self._reached(len(groups), set(rest), self.steps)
+
+    def _reached(self, groups: int, rest: set[str], steps: int) -> None:
+        if self.oracle.alone >= rest:
+            self.steps_to.setdefault(groups + len(rest), steps)
 
     def packing(self, groups: Iterable[Group], proven: bool) -> Packing:
         return Packing(tuple(groups), self.steps, len(self.known), dict(self.steps_to), proven)

@@ -35,7 +35,8 @@ WARMUP_STEPS = 20
 DETECT_STEPS = 3
 """Queries that compete for boxes learn slowly (DETR trains ten times as long as its predecessors)."""
 REPLAY = 0.15
-"""Turns of a domain above its floor, against 1 for the one furthest below."""
+SHORT = 0.4
+"""Turns of a domain above its floor, and the fewest of one below it, against 1 for the one furthest below."""
 EXTRA_SHARE = 1.0
 """A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one: 6.5 times for twelve."""
 PROGRESS = 0.02
@@ -94,12 +95,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """scores: of every domain on the decide split. steps, seconds: of this run. history: (step, loss, accuracies)."""
+    """scores: of every domain on the decide split. steps, seconds: of this run. history: (step, loss, accuracies).
+
+    milestones: (step, domains held) of the checks at which more floors held than ever before.
+    """
 
     scores: dict[str, Score]
     steps: int
     seconds: float
     history: list = field(default_factory=list)
+    milestones: list = field(default_factory=list)
 
 
 def read_result(folder: Path) -> Result | None:
@@ -109,7 +114,7 @@ def read_result(folder: Path) -> Result | None:
         return None
     told = json.loads(path.read_text(encoding="utf-8"))
     scores = {name: Score(*values) for name, values in told["scores"].items()}
-    return Result(scores, told["steps"], told["seconds"], told["history"])
+    return Result(scores, told["steps"], told["seconds"], told["history"], told["milestones"])
 
 
 def load_run(bench: Workbench, folder: Path, domains: Sequence[str], seed: int) -> Head:
@@ -176,7 +181,7 @@ class _Run:
         self.optimizer = checkpoint.optimizer_of(self.parameters, recipe.learning_rate, 0.0)
         self.state = {
             "step": 0, "owed": dict.fromkeys(task.trained, 0.0), "weight": dict.fromkeys(task.trained, 1.0),
-            "history": [], "best": [-1, 1e9], "stale": 0, "seconds": 0.0, "stop": False, "scores": {},
+            "history": [], "milestones": [], "best": [-1, 1e9], "stale": 0, "seconds": 0.0, "stop": False, "scores": {},
         }  # fmt: skip
         self.started = time.monotonic()
         self.recent: list[torch.Tensor] = []
@@ -246,9 +251,12 @@ class _Run:
         for name, score in scores.items():
             floor = self.task.floors[name]
             short[name] = (floor - self.safe(score, name)) / max(floor, 1e-9)
-        held, worst = sum(gap <= 0 for gap in short.values()), max(short.values())
+        names, worst = [name for name, gap in short.items() if gap <= 0], max(short.values())
+        held = len(names)
         lacking = sum(max(0.0, gap) for gap in short.values())
         state, (most, least) = self.state, self.state["best"]
+        if held > max(most, 0):
+            state["milestones"].append([state["step"], names])
         if held == len(short):
             state["stop"] = True
         elif held > most or lacking < least - PROGRESS:
@@ -257,7 +265,7 @@ class _Run:
             state["stale"] += 1
             state["stop"] = state["stale"] >= self.recipe.patience
         for name in self.task.trained:
-            state["weight"][name] = max(REPLAY, min(1.0, short[name] / worst)) if worst > 0 else REPLAY
+            state["weight"][name] = max(SHORT, short[name] / worst) if short[name] > 0 else REPLAY
 
     def _note(self, scores: Mapping[str, Score]) -> None:
         loss = float(torch.stack(self.recent).mean()) if self.recent else float("nan")
@@ -290,7 +298,8 @@ class _Run:
         checkpoint.put_in_place(unfinished, target)
         seconds = state["seconds"] + time.monotonic() - self.started
         told = {"domains": self.task.domains, "steps": state["step"], "seconds": round(seconds, 3),
-                "scores": state["scores"], "history": state["history"], "recipe": asdict(self.recipe)}  # fmt: skip
+                "scores": state["scores"], "history": state["history"], "milestones": state["milestones"],
+                "recipe": asdict(self.recipe)}  # fmt: skip
         checkpoint.replace_text(self.folder / RESULT, json.dumps(told, indent=1) + "\n")
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         result = read_result(self.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,6 +153,9 @@ def test_own_adapters_that_are_there_complete_a_packing_at_once():
     packing = search(oracle, retries=0)
     assert packing.steps_to == {5: STEPS, 2: 2 * STEPS}
     assert packing.first_steps(4) == 2 * STEPS
+    attempt = oracle.attempt
+    oracle.attempt = lambda order: replace(attempt(order), milestones=((30, frozenset("ac")), (70, frozenset("abc"))))
+    assert search(oracle, retries=0).steps_to == {9: 30, 8: 70, 5: STEPS, 2: 2 * STEPS}
     oracle.alone = frozenset("abcdefghi")
     assert search(oracle, retries=0).steps_to == {2: 2 * STEPS}
 
