@@ -37,7 +37,8 @@ def engine_results(profile_file, tmp_path):
     """engine_results(slower): a directory as `engine replay --output` writes it, of an engine that takes `slower` times what
     the tables say for a step, on the sample trace."""
 
-    def make(slower=1.0, boundary=1.0, words=("--max-requests", "60", "--rate", "400", "--seed", "3")):
+    def make(slower=1.0, boundary=1.0, closed=0, words=("--max-requests", "60", "--rate", "400", "--seed", "3")):
+        from engine.arrivals import ClosedLoop
         from engine.clock import MockedClock
         from engine.replay import Driver, EngineConfig, record, resolved, stripped
         from policies import make_policy
@@ -70,11 +71,13 @@ def engine_results(profile_file, tmp_path):
                 slow.step_ps = lambda *a, steps=steps: round(slower * steps(*a))
                 slow.lease_ps = lambda *a, leases=leases, **k: round(boundary * leases(*a, **k))
                 clock._cost = slow
-            driver = Driver(served, policy, ledger, cost, ledger.journal, clock)
+            arrivals = ClosedLoop(served, closed) if closed else None
+            driver = Driver(served, policy, ledger, cost, ledger.journal, clock, arrivals=arrivals)
             driver.run()
-            settings = resolved(served, policy, EngineConfig(limits=Limits(*LIMITS)), cost, {"name": "tiny"}, {})
+            config = EngineConfig(limits=Limits(*LIMITS), closed_loop=closed)
+            settings = resolved(served, policy, config, cost, {"name": "tiny"}, {})
             results.append(record(driver, served, settings, operator=policy.operator, page_bytes=16 * 1024))
-        out = tmp_path / f"engine-{slower}-{boundary}"
+        out = tmp_path / f"engine-{slower}-{boundary}{'-closed' if closed else ''}"
         write_results(out, results, {r.policy: summarize(r) for r in results}, [a.name for a in trace.adapters])
         return out
 
@@ -110,6 +113,16 @@ def test_a_mocked_engine_is_replicated_to_the_last_digit(engine_results, profile
     assert "36 of 36 within 3 %" in text
     kinds = {row.kind for pair in found for row in step_errors(pair.engine, pair.simulated)}
     assert kinds >= {"decode, further steps", "decode, first of a lease", "with prompts", "with a switch"}
+
+
+def test_a_closed_loop_is_replicated_too(engine_results, profile_file):
+    from analysis.validate import pairs
+    from traces.record import REQUEST_COLUMNS
+
+    engine = engine_results(closed=5)
+    replicate(engine, profile_file, "--no-error-bars")
+    for pair in pairs([str(engine)], []):
+        assert all((pair.engine.requests[name] == pair.simulated.requests[name]).all() for name in REQUEST_COLUMNS)
 
 
 def test_what_the_model_does_not_know_shows_and_says_where(engine_results, profile_file):
