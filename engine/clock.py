@@ -16,7 +16,7 @@ from policies.plan import Work
 
 PS_PER_NS = 1000
 FOREVER_PS = 1 << 62
-NAP_S = 0.0005
+NAP_S = 0.0001
 """While a copy is under way and nothing else can be done, look again after this."""
 
 

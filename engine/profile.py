@@ -50,6 +50,7 @@ from engine.rows_file import RowsFile
 from engine.serve import describe_device, find_profile, frozen_heap, model_of
 from engine.stage import Stage
 from kernels import tiles
+from kernels.batch import RANK_ALIGN
 from policies import make_policy
 from policies.view import Limits
 from traces.assign import make_adapters
@@ -244,9 +245,9 @@ class Run:
             "adapter_bytes_per_rank": adapter_bytes_per_rank(shape, TARGETS[args.targets], model.dtype),
             "weights_bytes": weights, "golden_bytes": golden, "device_bytes": device,
             "reserve_bytes": max(0, device - weights - golden - pages * engine.page_bytes), "steps_ahead": int(stage.cuda),
-            "stairs": engine.runner.graphs is not None, "adapters": max(2, args.adapters), "rank": rank,
-            "grid": asdict(Grid.of(stage, quick=args.quick)), "limits": asdict(stage.config.limits), "seed": args.seed,
-            "targets": args.targets, "device": describe_device(model.device),
+            "rank_align": RANK_ALIGN, "stairs": engine.runner.graphs is not None, "adapters": max(2, args.adapters),
+            "rank": rank, "grid": asdict(Grid.of(stage, quick=args.quick)), "limits": asdict(stage.config.limits),
+            "seed": args.seed, "targets": args.targets, "device": describe_device(model.device),
             "weights": "random" if model.random else "given", "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "tiles_sha256": _tiles_sha256(), "switches": _other_switches(shape.name, golden),
         })  # fmt: skip

@@ -296,7 +296,7 @@ def cost_of(profile: Profile, adapters: tuple[Adapter, ...]) -> Cost:
 def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: Path) -> tuple[dict, list]:
     """(the whole profile as data, the held-out steps). path: what it will be called. Raises UnfinishedError."""
     names = ("model", "max_context", "image_tokens", "video_images", "kv_bytes_per_token", "adapter_bytes_per_rank",
-             "weights_bytes", "golden_bytes", "device_bytes", "reserve_bytes", "steps_ahead")  # fmt: skip
+             "weights_bytes", "golden_bytes", "device_bytes", "reserve_bytes", "steps_ahead", "rank_align")  # fmt: skip
     data = {"kind": "measured", "provenance": provenance, **{name: facts[name] for name in names}}
     data |= tables(rows, facts) | {"host_step_us": 0.0, "host_request_us": 0.0}
     adapters = tuple(Adapter(f"a{i}", facts["rank"]) for i in range(facts["adapters"]))

@@ -41,10 +41,11 @@ class Profile:
     the host's part of a step, hidden behind the GPU: a step takes the longer of both. load_gb_per_s: of an adapter's copy.
 
     What only an engine has, neutral where a file lacks it. steps_ahead: 1 where a further step is under way when an event
-    is noticed at a step's end. prefill_linear: `linear` of steps with chunks of prompts; mixed_attention: decode_attention
-    in them; empty: as in steps without. lease_us: see LEASE_PARTS; decide_us: policy -> time of a decision. load_slowdown:
-    by what share a step takes longer while an adapter is loaded. scatter: table -> the 10th and 90th percentile of its
-    repeats over their median; "model": of held-out steps, measured over predicted.
+    is noticed at a step's end. rank_align: in memory a rank is padded to a multiple of it. prefill_linear: `linear` of steps
+    with chunks of prompts; mixed_attention: decode_attention in them; empty: as in steps without. lease_us: see LEASE_PARTS;
+    decide_us: policy -> time of a decision. load_slowdown: by what share a step takes longer while an adapter is loaded.
+    scatter: table -> the 10th and 90th percentile of its repeats over their median; "model": of held-out steps, measured
+    over predicted.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Profile:
     host_step_us: float
     host_request_us: float
     steps_ahead: int = 0
+    rank_align: int = 1
     prefill_linear: Points = field(default_factory=list)
     mixed_attention: dict[int, Points] = field(default_factory=dict)
     lease_us: dict[str, float] = field(default_factory=dict)
@@ -96,8 +98,8 @@ class Profile:
         return operator != "none" and bool(self.lora[operator].get("pads", False))
 
     def adapter_bytes(self, rank: int) -> int:
-        """Bytes of an adapter's factors in 16 bit."""
-        return rank * self.adapter_bytes_per_rank
+        """Bytes of an adapter's factors in 16 bit, its rank padded to rank_align."""
+        return -(-rank // self.rank_align) * self.rank_align * self.adapter_bytes_per_rank
 
     def pool_bytes(self, *, golden: bool) -> int:
         """Bytes left for KV, prefixes and adapters; golden: keep a pristine copy of the weights that merging rewrites."""
@@ -219,6 +221,8 @@ def _parse_engine(path: Path, data: dict) -> None:
     if data.get("mixed_attention"):
         where, table = f"{path}: mixed_attention", data["mixed_attention"]
         data["mixed_attention"] = {x: _points(f"{where}[{x}]", points) for x, points in _grid(where, table)}
+    if data.get("rank_align", 1) < 1:
+        raise ProfileError(f"{path}: rank_align {data['rank_align']} must be at least 1")
     if data.get("steps_ahead", 0) not in (0, 1):
         raise ProfileError(f"{path}: steps_ahead {data['steps_ahead']} is neither 0 nor 1")
     for key in ("lease_us", "decide_us"):

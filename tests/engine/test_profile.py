@@ -103,7 +103,7 @@ def told_rows(stage):
 FACTS = {
     "model": "tiny", "max_context": 256, "image_tokens": 16, "video_images": 3, "kv_bytes_per_token": 1024,
     "adapter_bytes_per_rank": 1000, "weights_bytes": 1, "golden_bytes": 0, "device_bytes": 10**6, "reserve_bytes": 0,
-    "steps_ahead": 1, "stairs": True, "adapters": 4, "rank": 8,
+    "steps_ahead": 1, "rank_align": 16, "stairs": True, "adapters": 4, "rank": 8,
 }  # fmt: skip
 
 

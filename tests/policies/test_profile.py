@@ -65,6 +65,7 @@ SPOILT = {
     "an unknown part of a lease": (lambda d: d.update(lease_us={"bas": 1.0}), r"lease_us\[bas\] is unknown"),
     "a negative part of a lease": (lambda d: d.update(lease_us={"base": -1.0}), r"lease_us\[base\]: -1.0"),
     "a decision that is no time": (lambda d: d.update(decide_us={"valora": "1"}), r"decide_us\[valora\]"),
+    "no alignment": (lambda d: d.update(rank_align=0), "rank_align 0"),
     "two steps ahead": (lambda d: d.update(steps_ahead=2), "steps_ahead 2"),
     "half a scatter": (lambda d: d.update(scatter={"linear": [1.0]}), r"scatter\[linear\]"),
     "no mixed attention": (lambda d: d.update(mixed_attention={"x": [[0, 1]]}), "mixed_attention"),
@@ -96,3 +97,9 @@ def test_an_absent_file_and_a_model_larger_than_the_gpu(good, tmp_path):
     small = load_profile(write(tmp_path / "small.json", good | {"device_bytes": 10**9}))
     with pytest.raises(ProfileError, match="leave no memory"):
         small.pool_bytes(golden=False)
+
+
+def test_an_adapter_takes_the_memory_of_its_padded_rank(good, tmp_path):
+    profile = load_profile(write(tmp_path / "padded.json", good | {"rank_align": 16}))
+    of_one = good["adapter_bytes_per_rank"]
+    assert [profile.adapter_bytes(rank) // of_one for rank in (1, 8, 16, 17, 64)] == [16, 16, 16, 32, 64]
