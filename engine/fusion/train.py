@@ -1,10 +1,10 @@
 """Train one adapter, and its head, on one or several domains; stop early once all floors hold; survive being killed.
 
-Each step takes one batch of one domain: domains take turns by weight, and after each check those further below their floor
-get more turns (the others are replayed). A run lives in a folder: a checkpoint while it lasts, and at its end a PEFT folder
-with its head and `result.json`, whose presence says that it is done. All that is random is drawn from (seed, step), so a run
-killed at any moment and started again gives the same adapter; on a GPU this holds as far as its kernels are deterministic,
-which `repeatable` asks for.
+Each step takes one batch of one domain: domains take turns by weight (boxes learn slowly and get more), and after each check
+those further below their floor get more turns (the others are replayed). A run lives in a folder: a checkpoint while it
+lasts, and at its end a PEFT folder with its head and `result.json`, whose presence says that it is done. All that is random
+is drawn from (seed, step), so a run killed at any moment and started again gives the same adapter; on a GPU this holds as
+far as its kernels are deterministic, which `repeatable` asks for.
 
 Source of the recipe (LoRA on q, k, v, o; dropout; a head trained with the adapter): VaLoRA (EuroSys 2025).
 """
@@ -179,8 +179,9 @@ class _Run:
         of_head = {f"head.{name}": p for name, p in kept if p.numel()}
         self.parameters = bench.lora | of_head
         self.optimizer = checkpoint.optimizer_of(self.parameters, recipe.learning_rate, 0.0)
+        self.share = {name: recipe.steps_of(bench.domain(name)) / recipe.steps for name in task.trained}
         self.state = {
-            "step": 0, "owed": dict.fromkeys(task.trained, 0.0), "weight": dict.fromkeys(task.trained, 1.0),
+            "step": 0, "owed": dict.fromkeys(task.trained, 0.0), "weight": dict(self.share),
             "history": [], "milestones": [], "best": [-1, 1e9], "stale": 0, "seconds": 0.0, "stop": False, "scores": {},
         }  # fmt: skip
         self.started = time.monotonic()
@@ -265,7 +266,8 @@ class _Run:
             state["stale"] += 1
             state["stop"] = state["stale"] >= self.recipe.patience
         for name in self.task.trained:
-            state["weight"][name] = max(SHORT, short[name] / worst) if short[name] > 0 else REPLAY
+            turns = max(SHORT, short[name] / worst) if short[name] > 0 else REPLAY
+            state["weight"][name] = turns * self.share[name]
 
     def _note(self, scores: Mapping[str, Score]) -> None:
         loss = float(torch.stack(self.recent).mean()) if self.recent else float("nan")
