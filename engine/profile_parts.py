@@ -270,7 +270,7 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
 def lora_sizes(grid: Grid, *, quick: bool) -> tuple[list[int], list[int]]:
     """(requests, tokens) at which operators are timed, of the buckets there are."""
     decodes = [n for n in grid.decodes if n in ((1, 8, 32) if quick else (1, 4, 8, 16, 32)) or n == grid.decodes[-1]]
-    wanted = (64, 256, 1024, 2048) if quick else (32, 64, 128, 256, 512, 1024, 2048)
+    wanted = (16, 64, 256, 1024, 2048) if quick else (16, 32, 64, 128, 256, 512, 1024, 2048)
     return decodes, [n for n in grid.tokens if n in wanted or n == grid.tokens[-1]]
 
 
