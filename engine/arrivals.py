@@ -42,13 +42,14 @@ class ByTrace:
         return FOREVER_PS if self._next is None else self._next.arrival_ns * PS_PER_NS
 
     def take(self, now_ps: int, in_flight: int) -> Request | None:
-        if self.next_ps() > now_ps:
-            return None
+        return self._pop() if self.next_ps() <= now_ps else None
+
+    def _pop(self) -> Request:
         request, self._next = self._next, next(self._requests, None)
         return request
 
 
-class ClosedLoop:
+class ClosedLoop(ByTrace):
     """Always `most` requests in flight, in the trace's order; the trace's times are not used. A request arrives between the
     leases before and after it, as in the simulator."""
 
@@ -57,13 +58,8 @@ class ClosedLoop:
     def __init__(self, trace: Trace, most: int):
         if most < 1:
             raise ValueError(f"--closed-loop {most} keeps no request in flight; at least 1")
+        super().__init__(trace)
         self._most = most
-        self._requests = trace.requests()
-        self._next = next(self._requests, None)
-
-    @property
-    def done(self) -> bool:
-        return self._next is None
 
     def next_ps(self) -> int:
         return FOREVER_PS
@@ -71,5 +67,4 @@ class ClosedLoop:
     def take(self, now_ps: int, in_flight: int) -> Request | None:
         if self._next is None or in_flight >= self._most:
             return None
-        request, self._next = self._next, next(self._requests, None)
-        return request._replace(arrival_ns=now_ps // PS_PER_NS)
+        return self._pop()._replace(arrival_ns=now_ps // PS_PER_NS)

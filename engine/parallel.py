@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from torch import distributed
 
-from engine.clock import FOREVER_PS, PS_PER_NS
+from engine.arrivals import ByTrace
 from engine.replay import INTERRUPTED, Driver, Part
 from policies import faults
 from policies.journal import Journal
@@ -85,19 +85,17 @@ def leave(world: World | None) -> None:
         distributed.destroy_process_group()
 
 
-class Shared:
-    """This process's part of a trace, as `Driver` takes arrivals. name: of the run, so that runs do not mix.
+class Shared(ByTrace):
+    """This process's part of a trace, as `Driver` takes arrivals; the next arrival is the next of any, as in the simulator.
 
+    name: of the run, so that runs do not mix.
     A request's number in the trace is its key; `walked` have been routed as far as this process knows.
     """
 
-    by_time = True
-
     def __init__(self, world: World, trace: Trace, router: str, ledger: Ledger, name: str):
+        super().__init__(trace)
         self._world, self._ledger = world, ledger
         self._store = distributed.PrefixStore(name, world.store)
-        self._requests = trace.requests()
-        self._next = next(self._requests, None)
         self._route = make_router(router)
         self._reports = router not in WITHOUT_REPORTS
         self._routed: list[deque[Request]] = [deque() for _ in range(world.size)]  # what a report may not hold yet
@@ -105,21 +103,10 @@ class Shared:
         self.walked = 0
         self.report()
 
-    @property
-    def done(self) -> bool:
-        return self._next is None
-
-    def next_ps(self) -> int:
-        """When anything arrives next anywhere, as in the simulator."""
-        return FOREVER_PS if self._next is None else self._next.arrival_ns * PS_PER_NS
-
     def take(self, now_ps: int, in_flight: int) -> Request | None:
         while self.next_ps() <= now_ps:
-            request = self._next
-            mine = self._replica_of(request) == self._world.rank
-            self._next = next(self._requests, None)
-            self.walked += 1
-            if mine:
+            request = self._routed_next()
+            if request is not None:
                 return request
         return None
 
@@ -127,13 +114,20 @@ class Shared:
         """Requests up to number `walked` that went to this process and were never taken, after it stopped."""
         found = []
         while self.walked < walked:
-            request, self._next = self._next, next(self._requests, None)
-            if self._replica_of(request) == self._world.rank:
+            request = self._routed_next()
+            if request is not None:
                 found.append(request)
-            self.walked += 1
         return found
 
     # -- who gets it --------------------------------------------------------------------------------------------------
+    def _routed_next(self) -> Request | None:
+        """Walk past the next request of the trace; itself where it goes to this process."""
+        request = self._next
+        mine = self._replica_of(request) == self._world.rank
+        self._pop()
+        self.walked += 1
+        return request if mine else None
+
     def _replica_of(self, request: Request) -> int:
         if not self._reports:
             return self._route(request, range(self._world.size), self.walked)
