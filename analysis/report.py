@@ -17,11 +17,11 @@ from analysis import page
 from analysis.compare import summaries
 from analysis.draw import FIGURES, Inputs, draw, possible
 from analysis.routers import read as read_capacity
-from analysis.style import replace
 from analysis.sweep_data import panels, text, varying
 from traces.replication import mean_ci95
 from traces.result_files import ResultError, read_summary
 from traces.result_tables import REFERENCES, verdict
+from traces.whole_file import replace_bytes
 
 COLUMNS = (
     ("avg_token_latency_s", "Token latency (ms)", 1e3, ".3f", -1), ("mean_ttft_ms", "Mean TTFT (ms)", 1, ".1f", -1),
@@ -51,7 +51,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str | N
     body += [page.heading("Caveats"), page.bullets(_caveats(inputs, found))]
     body += [page.heading("Where it comes from"), page.facts(_provenance(inputs, found)), *_configurations(inputs)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    return replace(output, page.page(question, body).encode())
+    return replace_bytes(output, page.page(question, body).encode())
 
 
 def _runs(inputs: Inputs, found: dict[str, dict]) -> list[dict]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from traces.whole_file import replace_bytes
 
 # Okabe & Ito, "Color Universal Design" (2008); yellow stands last, it is faint on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -136,12 +137,12 @@ def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) 
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         image = io.BytesIO()
         figure.savefig(image, format=suffix[1:], dpi=160, metadata=metadata)
-        paths.append(replace(stem.with_suffix(suffix), image.getvalue()))
+        paths.append(replace_bytes(stem.with_suffix(suffix), image.getvalue()))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(header)
     rows.writerows(tuple(format(x, ".10g") if isinstance(x, float) else x for x in row) for row in numbers)
-    paths.append(replace(stem.with_suffix(".csv"), text.getvalue().encode()))
+    paths.append(replace_bytes(stem.with_suffix(".csv"), text.getvalue().encode()))
     return paths
 
 
@@ -152,14 +153,3 @@ def _settle(figure) -> None:
     figure.set_layout_engine("none")
     for axes, bounds in places:
         axes.set_position([round(value, 4) for value in bounds])
-
-
-def replace(path: Path, content: bytes) -> Path:
-    """Write a file in one piece: all of it is there, or what was there before."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return path

@@ -11,7 +11,6 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -55,6 +54,7 @@ from policies import make_policy
 from policies.view import Limits
 from traces.assign import make_adapters
 from traces.suggest import near
+from traces.whole_file import replace_text
 
 POLICY_OF = {"atmm": "valora", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs"}
 """Operators, and a policy that runs each: the first is the one that everything but the rivals' branches is timed with."""
@@ -79,7 +79,8 @@ def profile(args: argparse.Namespace) -> int:
     except UnfinishedError as error:
         print(f"{len(run.rows)} rows in {run.file.path}; {error}", file=sys.stderr)
         return 4
-    _write(run.out, json.dumps(data, indent=1) + "\n")
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(run.out, json.dumps(data, indent=1) + "\n")
     for key, measured, predicted in steps:
         off = 100 * (predicted / measured - 1)
         print(f"{key}: {measured / 1e3:.3f} ms measured, predicted {off:+.1f} %", file=sys.stderr)
@@ -95,16 +96,6 @@ def _chosen(text: str | None, known: tuple[str, ...], option: str) -> list[str]:
         if name not in known:
             raise ValueError(f"{option} {name!r}: unknown{near(name, known)}; some of {', '.join(known)}")
     return [name for name in known if name in names]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 class Run:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +36,7 @@ from policies.plan import BASE, MIXTURE, UNMERGED, Plan
 from policies.view import Limits
 from traces.assign import make_adapters
 from traces.request import Request
+from traces.whole_file import replace_text
 
 READ_TB_S = 4.5
 """What an H200 reads (measured); the floor of a step is its weights and keys at this rate."""
@@ -258,12 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(text)
         return 0
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(args.out + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, args.out)
+    replace_text(Path(args.out), text)
     return 0
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sim.experiment import profile_of, settings, trace_sha256
+from traces.whole_file import replace_text
 
 if TYPE_CHECKING:
     from sim.capacity import Answer, Probe
@@ -116,9 +116,4 @@ def write_json(path: Path, answers: Sequence[Answer], args: argparse.Namespace) 
         "answers": [asdict(answer) for answer in answers],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_text(path, json.dumps(document, indent=1, allow_nan=False) + "\n")

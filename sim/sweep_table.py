@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from traces.record import LATENCIES, STATISTICS
 from traces.replication import mean_ci95
 from traces.result_log import ResultLog
 from traces.suggest import near
+from traces.whole_file import replace_text
 
 METRICS = ("avg_token_latency_s", "mean_ttft_ms", "p99_ttft_ms", "p99_tpot_ms", "request_throughput", "failed")
 OTHERS = (
@@ -116,12 +116,7 @@ class Table:
             means = self._statistics(summaries, KNOWN)
             numbers = ["" if x is None else format(x, ".10g") for pair in means.values() for x in pair]
             rows.writerow([*(place[axis] for axis in self._axes), len(summaries), *numbers])
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_text(path, text.getvalue())
 
 
 def _pair(mean: float, half: float | None) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from traces.options import count
 from traces.suggest import SuggestingParser
+from traces.whole_file import replace_text
 
 COMPARE = ("heuristic", "heuristic-early", "decoded")
 SIZES = ("seconds", "small", "full")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
     import transformers
 
-    from engine.fusion.checkpoint import OutOfTime, replace_text
+    from engine.fusion.checkpoint import OutOfTime
     from engine.fusion.fuse import check_output
     from engine.fusion.report import draw, render, summary
     from engine.fusion.workers import repeatable_arithmetic

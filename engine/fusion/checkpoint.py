@@ -46,16 +46,6 @@ def locked(path: Path, deadline: float | None = None) -> Iterator[None]:
         yield
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.partial")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
 def put_in_place(unfinished: Path, target: Path) -> None:
     """Make a finished folder the folder `target`, in the place of an older one; its files reach the disk first."""
     for path in (*sorted(unfinished.rglob("*")), unfinished):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from engine.fusion.checkpoint import put_in_place, replace_text
+from engine.fusion.checkpoint import put_in_place
 from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.evaluate import evaluate, evaluate_base
 from engine.fusion.metrics import Score
@@ -34,6 +34,7 @@ from engine.fusion.search import Attempt, Packing, exhaustive, fuse_in_order, se
 from engine.fusion.train import Recipe, load_run
 from engine.fusion.workbench import digest_of, open_workbench
 from engine.fusion.workers import Job, Workers, default_workers
+from traces.whole_file import replace_text
 
 COMPARISONS = {"heuristic": SEQUENCE, "heuristic-early": SEQUENCE_EARLY}
 """What may be run beside ours: the paper's heuristic, and the same with our rule of when to stop a training."""

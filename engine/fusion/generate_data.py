@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.fusion import domain_drawings as drawn
-from engine.fusion.checkpoint import put_in_place, replace_text
+from engine.fusion.checkpoint import put_in_place
 from engine.fusion.domains import SPLITS, DomainError
 from engine.fusion.drawings import Drawing
+from traces.whole_file import replace_text
 
 SIZES = {"seconds": (96, 48, 48), "small": (800, 400, 1200), "full": (1500, 600, 1600)}
 """Examples of the splits train, decide and heldout. The last is read once, and its chance is part of every margin."""

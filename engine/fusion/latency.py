@@ -24,7 +24,6 @@ import torch
 from engine.build import Adapters, build, find_adapters
 from engine.clock import WallClock
 from engine.decoder import Decoder
-from engine.fusion.checkpoint import replace_text
 from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.wording import Wording, boxes_text
 from engine.fusion.workbench import open_workbench
@@ -40,6 +39,7 @@ from policies.view import Limits
 from traces.options import count
 from traces.request import Adapter, Trace
 from traces.suggest import SuggestingParser
+from traces.whole_file import replace_text
 
 PAPER = (-63.0, -41.0)
 VIDEO_TOKENS = 7

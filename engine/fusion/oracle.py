@@ -27,6 +27,7 @@ from engine.fusion.metrics import HIGHEST, Score
 from engine.fusion.search import Attempt
 from engine.fusion.train import Recipe, Result, Task, batch_loss, train
 from engine.fusion.workbench import Workbench
+from traces.whole_file import replace_text
 
 JOINT, SEQUENCE, SEQUENCE_EARLY = "joint", "sequence", "sequence-early"
 ERROR_CHANCE = 0.05
@@ -162,7 +163,7 @@ class TrainingOracle:
             if not path.exists():
                 found = {name: self._gradient(name) for name in self.domains}
                 table = {a: {b: float(found[a] @ found[b]) for b in self.domains} for a in self.domains}
-                checkpoint.replace_text(path, json.dumps(table) + "\n")
+                replace_text(path, json.dumps(table) + "\n")
             return json.loads(path.read_text(encoding="utf-8"))
 
     def _gradient(self, name: str) -> torch.Tensor:

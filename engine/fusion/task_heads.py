@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from engine.fusion.checkpoint import replace_text
 from engine.fusion.domains import Domain
 from engine.fusion.metrics import Box
 from engine.fusion.wording import QUERIES
 from engine.fusion.workbench import NO_OBJECT
 from engine.heads import FILE
+from traces.whole_file import replace_text
 
 NAMES_FILE = "vision_head.json"
 L1_WEIGHT, GIOU_WEIGHT = 5.0, 2.0

@@ -29,6 +29,7 @@ from engine.fusion.task_heads import NAMES_FILE, Head, write_head
 from engine.fusion.wording import QUERIES
 from engine.fusion.workbench import Workbench
 from engine.heads import FILE
+from traces.whole_file import replace_text
 
 RESULT, CHECKPOINT, ADAPTER = "result.json", "training.safetensors", "adapter"
 WARMUP_STEPS = 20
@@ -305,7 +306,7 @@ class _Run:
         told = {"domains": self.task.domains, "steps": state["step"], "seconds": round(seconds, 3),
                 "scores": state["scores"], "history": state["history"], "milestones": state["milestones"],
                 "recipe": asdict(self.recipe)}  # fmt: skip
-        checkpoint.replace_text(self.folder / RESULT, json.dumps(told, indent=1) + "\n")
+        replace_text(self.folder / RESULT, json.dumps(told, indent=1) + "\n")
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
         result = read_result(self.folder)
         assert result is not None

@@ -10,9 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from engine.fusion import checkpoint  # noqa: E402
 from engine.fusion.checkpoint import OutOfTime, locked  # noqa: E402
 from engine.fusion.workers import WorkerError, Workers  # noqa: E402
+from traces.whole_file import replace_text  # noqa: E402
 
 SAID = partial(eval, "log('a job') or number")
 """A job as a worker can be given it: an expression over what `open_again` made, here a dict with log and number."""
@@ -63,5 +63,5 @@ def test_a_lock_is_waited_for_until_the_deadline(tmp_path):
         with locked(tmp_path / "runs" / "another", deadline=0.0):
             pass
     with locked(path, deadline=0.0):
-        checkpoint.replace_text(path, "made")
+        replace_text(path, "made")
     assert path.read_text() == "made"
