@@ -9,10 +9,13 @@ so that the processes must run on one machine. At the end process 0 gets all jou
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -28,6 +31,10 @@ from traces.request import Request, Trace
 
 WITHOUT_REPORTS = ("round-robin",)
 """Routers that look at no replica."""
+PART_BYTES = 4 << 20
+"""torchrun's store takes values of up to 8 MiB."""
+PATIENCE = timedelta(days=1)
+"""One process may still serve while another has nothing left."""
 
 
 class ParallelError(ValueError):
@@ -36,30 +43,44 @@ class ParallelError(ValueError):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and the store that they share."""
+    """The processes of a run, and the store that they share.
+
+    Messages go through the store alone. A process group's threads may still let go of tensors while the interpreter ends,
+    and then abort a process whose work is done.
+    """
 
     rank: int
     size: int
     store: distributed.Store
+    _turns: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def largest(self, value: int) -> int:
         """The largest of all processes' values, once all are here."""
-        held = torch.tensor([value], dtype=torch.int64)
-        distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
-        return int(held)
+        turn = next(self._turns)
+        self.store.set(f"turn {turn} {self.rank}", str(int(value)))
+        return max(int(self._awaited(f"turn {turn} {rank}")) for rank in range(self.size))
 
     def gathered(self, data: bytes) -> list[bytes] | None:
         """Everybody's bytes, in process 0; None in the others."""
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        distributed.all_gather(sizes, torch.tensor([len(data)], dtype=torch.int64))
-        most = int(max(sizes))
-        padded = torch.zeros(most, dtype=torch.uint8)
-        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        parts = [torch.zeros(most, dtype=torch.uint8) for _ in range(self.size)] if self.rank == 0 else None
-        distributed.gather(padded, parts, dst=0)
-        if parts is None:
+        turn = next(self._turns)
+        if self.rank:
+            parts = range(0, len(data), PART_BYTES)
+            for number, start in enumerate(parts):
+                self.store.set(f"turn {turn} {self.rank} part {number}", data[start : start + PART_BYTES])
+            self.store.set(f"turn {turn} {self.rank}", str(len(parts)))
             return None
-        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+        found = [data]
+        for rank in range(1, self.size):
+            keys = [f"turn {turn} {rank} part {number}" for number in range(int(self._awaited(f"turn {turn} {rank}")))]
+            found.append(b"".join(self.store.get(key) for key in keys))
+            for key in keys:
+                self.store.delete_key(key)
+        return found
+
+    def _awaited(self, key: str) -> bytes:
+        """The value, once it is there. torchrun ends those that wait for a process that died."""
+        self.store.wait([key], PATIENCE)
+        return self.store.get(key)
 
 
 def world() -> World | None:
@@ -75,14 +96,7 @@ def world() -> World | None:
             raise ParallelError(f"process {local} finds {there} GPUs; start at most as many: --nproc-per-node {there}")
         torch.cuda.set_device(local)
     store, rank, size = next(distributed.rendezvous("env://"))
-    distributed.init_process_group("gloo", store=distributed.PrefixStore("group", store), rank=rank, world_size=size)
     return World(rank, size, distributed.PrefixStore("engine", store))
-
-
-def leave(world: World | None) -> None:
-    """After the last message."""
-    if world is not None:
-        distributed.destroy_process_group()
 
 
 class Shared(ByTrace):

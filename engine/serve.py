@@ -46,13 +46,6 @@ MOST_CONTEXT = 4096
 def replay(args: argparse.Namespace) -> int:
     """The command, and `baseline`. 0, or 130 after an interruption."""
     world = parallel.world()
-    try:
-        return _replay(args, world)
-    finally:
-        parallel.leave(world)
-
-
-def _replay(args: argparse.Namespace, world: parallel.World | None) -> int:
     policies = make_policies(args.policy, args.policy_option)
     baseline = args.command == "baseline"
     if world is not None and (args.closed_loop or baseline):

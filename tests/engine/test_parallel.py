@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from torch import distributed  # noqa: E402
 
+from engine import parallel  # noqa: E402
 from engine.parallel import Shared, World  # noqa: E402
 from policies.journal import Journal  # noqa: E402
 from traces.result_files import read_results  # noqa: E402
@@ -90,6 +92,23 @@ def test_what_a_stopped_process_left_behind_is_known(replicas, trace):
     ledgers, (one, two) = replicas("round-robin", trace(10, images=0, span_ns=1000))
     assert taken(one, ledgers[0]) == [0, 2, 4, 6, 8]
     assert [request.id for request in two.left_behind(one.walked)] == [1, 3, 5, 7, 9]
+
+
+def test_messages_of_any_length_come_to_process_0_and_leave_the_store_as_it_was(store, monkeypatch):
+    monkeypatch.setattr(parallel, "PART_BYTES", 4)
+    zero, one, two = (World(rank, 3, store) for rank in range(3))
+    before = store.num_keys()
+    assert (one.gathered(b"longer than four"), two.gathered(b"")) == (None, None)
+    assert zero.gathered(b"mine") == [b"mine", b"longer than four", b""]
+    assert store.num_keys() == before + 2, "how many parts each sent"
+
+
+def test_the_largest_value_once_all_are_here(store):
+    another = distributed.TCPStore("127.0.0.1", store.port, is_master=False)  # who waits has a connection to himself
+    worlds = [World(0, 2, store), World(1, 2, another)]
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(World.largest, worlds, (3, 5))) == [5, 5]
+        assert list(pool.map(World.largest, worlds, (False, False))) == [0, 0]
 
 
 def test_a_journal_travels_as_bytes(world, trace):
