@@ -1,14 +1,14 @@
 """What an executor tells the ledger when a step cannot be done: call it off, end one request, live with a smaller batch.
 
-Only the engine meets these; a simulated GPU does not fail. Each leaves the ledger's books in order (`invariants.check`).
-It knows nothing of why something failed; reasons stay with the driver.
+A simulated GPU does not fail; it meets the end of a run (`cut_off`) alone. Each leaves the ledger's books in order
+(`invariants.check`). It knows nothing of why something failed; reasons stay with the driver.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from policies.ledger import FAILED, Ledger
+from policies.ledger import FAILED, UNFINISHED, Ledger
 from policies.view import PREFILLING, WAITING, Entry
 from traces.request import Request
 
@@ -39,6 +39,19 @@ def fail(ledger: Ledger, request: int, now_ns: int, status: int = FAILED) -> Non
         ledger._unqueue(entry)
     ledger.queued -= 1
     ledger._end(entry, status, now_ns)
+
+
+def cut_off(ledger: Ledger, now_ns: int) -> list[int]:
+    """The run ends here, between two plans: what has not ended is unfinished. Ids of those requests."""
+    left = list(ledger.entries)
+    for request in left:
+        fail(ledger, request, now_ns, UNFINISHED)
+    return left
+
+
+def note_on_cut_off(requests: int, of: int, drain_s: float) -> str:
+    """What a record says where requests were cut off."""
+    return f"ended {drain_s:g} s after the last arrival: {requests} of {of} requests were cut off unfinished (--drain)"
 
 
 def refuse(ledger: Ledger, request: Request) -> None:

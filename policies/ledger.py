@@ -16,7 +16,7 @@ from policies.rules import judge
 from policies.view import DECODING, ENDED, PREFILLING, WAITING, Entry, Limits, View
 from traces.request import Request
 
-COMPLETED, ABORTED, UNSERVABLE, FAILED = range(4)
+COMPLETED, ABORTED, UNSERVABLE, FAILED, UNFINISHED = range(5)
 
 
 class Ledger:

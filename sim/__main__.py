@@ -23,7 +23,17 @@ from policies.view import Limits
 from sim.cluster import SimConfig, simulate
 from sim.errorbars import add_error_bars
 from sim.progress import Progress
-from traces.options import SuggestingParser, add_trace_arguments, count, load_trace, names, near, positive, with_slo
+from traces.options import (
+    SuggestingParser,
+    add_trace_arguments,
+    count,
+    load_trace,
+    names,
+    near,
+    not_negative,
+    positive,
+    with_slo,
+)
 from traces.publish import publish
 from traces.record import parse_goodput
 from traces.request import TraceError
@@ -58,6 +68,8 @@ def build_parser() -> SuggestingParser:
     add("--pin", type=names, default=(), metavar="NAME[,NAME...]", help="adapters that are there from the start and stay")
     add("--closed-loop", type=count, default=0, metavar="N",
         help="N requests in flight, one arrives when one ends (default: they arrive by the trace)")  # fmt: skip
+    add("--drain", type=not_negative, metavar="S",
+        help="end the run S seconds after the last arrival (default: when every request has ended)")  # fmt: skip
     add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")
     add("--max-batch", type=count, default=64, metavar="N", help="requests in one step, MaxBS (default 64)")
     add("--max-batch-tokens", type=count, default=2048, metavar="N", help="tokens in one step (default 2048)")
@@ -97,13 +109,15 @@ def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
         raise ValueError(f"--gpus {args.gpus} must be 1 to {MOST_GPUS}, --page-tokens {args.page_tokens} at least 1")
     if args.memory_share > 1:
         raise ValueError(f"--memory-share {args.memory_share} is above 1")
+    if args.drain is not None and args.closed_loop:
+        raise ValueError("--drain counts from the last arrival, and a --closed-loop has none of its own: drop one")
     if args.operator not in (None, "none"):
         profile.named("lora", args.operator)
     return SimConfig(
         limits=Limits(args.max_batch, args.max_batch_tokens, profile.max_context), operator=args.operator,
         page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
         gpus=args.gpus, router=args.router, leap=not args.no_leap, keep_steps=args.output is not None,
-        check_invariants=args.check_invariants, pins=args.pin, closed_loop=args.closed_loop,
+        check_invariants=args.check_invariants, pins=args.pin, closed_loop=args.closed_loop, drain_s=args.drain,
         adapter_bytes=None if args.adapter_memory is None else int(args.adapter_memory * 2**30),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import simpy
 
-from policies import Policy, residency
+from policies import Policy, faults, residency
 from policies.cost import Cost
 from policies.invariants import InvariantError
 from policies.journal import Journal, result
@@ -38,7 +38,8 @@ class SimConfig:
     keep_steps: record one row a lease. check_invariants: prove the ledger after every step. adapter_bytes: memory that holds
     adapters and nothing else, taken from the pool (None: adapters lie among its pages). pins: adapters by name that are
     resident from the start and never evicted. closed_loop: requests in flight over all GPUs, each arriving when one ends
-    (0: they arrive by the trace).
+    (0: they arrive by the trace). drain_s: the run ends so many seconds after the last arrival (None: with its last
+    request).
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -56,6 +57,13 @@ class SimConfig:
     adapter_bytes: int | None = None
     pins: tuple[str, ...] = ()
     closed_loop: int = 0
+    drain_s: float | None = None
+
+    def end_ps(self, trace: Trace) -> int:
+        """When a replay of `trace` ends, whoever is unfinished then."""
+        if self.drain_s is None or not len(trace):
+            return FOREVER_PS
+        return int(trace.arrival_ns[-1]) * PS_PER_NS + round(self.drain_s * 1e12)
 
 
 def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
@@ -89,7 +97,8 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
         residency.hold(ledger, pins)
         dispatcher.servers.append(
             Server(env, ledger, policy, cost, journal, dispatcher.next_arrival_ps, leap=leap,
-                   check_invariants=config.check_invariants, top_up=dispatcher.top_up if config.closed_loop else None)
+                   check_invariants=config.check_invariants, top_up=dispatcher.top_up if config.closed_loop else None,
+                   end_ps=config.end_ps(trace))
         )  # fmt: skip
     _without_gc(env.run)
     servers = dispatcher.servers
@@ -109,14 +118,24 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
         counters["adapter_room_pages"] = room
     record = result([s.journal for s in servers], policy=policy.name, operator=operator, counters=counters,
                     config=_resolved(trace, policy, profile, config, cost))  # fmt: skip
-    refused = int((record.requests["status"] == STATUS.index("unservable")).sum())
+    record.config["notes"] += _endings(record, config)
+    record.requests["task"] = trace.task.astype(np.int64)
+    return record
+
+
+def _endings(record: RunResult, config: SimConfig) -> list[str]:
+    """What the reader must know of requests that were not served."""
+    status = record.requests["status"]
+    refused, unfinished = (int((status == STATUS.index(how)).sum()) for how in ("unservable", "unfinished"))
+    notes = []
     if refused:
-        record.config["notes"].append(
+        notes.append(
             f"{refused} requests pass the model's context of {config.limits.max_context} tokens or the memory pool and were "
             "refused as unservable; --clip shortens them"
         )
-    record.requests["task"] = trace.task.astype(np.int64)
-    return record
+    if unfinished:
+        notes.append(faults.note_on_cut_off(unfinished, len(record.requests["id"]), config.drain_s))
+    return notes
 
 
 class Dispatcher:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import simpy
 from simpy.events import URGENT, Event, Timeout
 
-from policies import Policy
+from policies import Policy, faults
 from policies.cost import Cost
 from policies.invariants import InvariantError, check, check_idle, snapshot
 from policies.journal import Journal
@@ -53,11 +53,11 @@ class Lease:
 
 class Server:
     """One GPU under one policy. next_arrival_ps tells when anything arrives next anywhere (FOREVER_PS: never); top_up is
-    called between two leases, and may let something arrive."""
+    called between two leases, and may let something arrive. end_ps: when the run ends, whoever is unfinished then."""
 
     def __init__(self, env: simpy.Environment, ledger: Ledger, policy: Policy, cost: Cost, journal: Journal,
                  next_arrival_ps: Callable[[], int], *, leap: bool = True, check_invariants: bool = False,
-                 top_up: Callable[[], None] | None = None):
+                 top_up: Callable[[], None] | None = None, end_ps: int = FOREVER_PS):
         self.env = env
         self.ledger = ledger
         self.policy = policy
@@ -68,6 +68,7 @@ class Server:
         self.last_ps = 0  # when the last step ended
         self._next_arrival_ps = next_arrival_ps
         self._top_up = top_up
+        self._end_ps = end_ps
         self._asleep: Event | None = None
         self._turns = (-1, 0)  # (time of the last decision that computed nothing, how many in a row at that time)
         self._link_free_ps = 0
@@ -78,6 +79,8 @@ class Server:
         self._busy_ps = -1  # until when steps were computed
         self._stirred_ps = FOREVER_PS  # when something first happened here since the lease began
         self.process = env.process(self._serve())
+        if end_ps < FOREVER_PS:
+            at(env, end_ps, lambda _: self._wake())
 
     # -- what reaches it from outside -----------------------------------------------------------------------------------
     def arrive(self, request: Request) -> None:
@@ -117,6 +120,9 @@ class Server:
                     lease = self._lease = None
             if trailing:
                 plan = lease.plan  # the step was under way when it happened
+            elif start_ps >= self._end_ps:
+                faults.cut_off(ledger, now_ns)
+                continue
             else:
                 plan = self._decide_watched(now_ns) if self.check_invariants else policy.decide(ledger.view(now_ns))
             work = ledger.begin(plan, now_ns)
@@ -149,7 +155,7 @@ class Server:
             self._stirred_ps, self._started = FOREVER_PS, 0
             if plan.prefills:  # a lease of one step
                 return run(cost, work, 1, 0, boundary_ps, slow_ps)
-            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+            until_ps = self._end_ps if plan.until_ns is None else min(self._end_ps, plan.until_ns * PS_PER_NS)
             lease = self._lease = Lease(plan, self.ledger.lease_steps(), until_ps, slow_ps, -1)
         else:
             lease.left = min(lease.left, self.ledger.lease_steps())

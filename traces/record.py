@@ -21,11 +21,11 @@ from traces.details import DETAIL_COLUMNS
 from traces.request import NO_ADAPTER
 from traces.suggest import near
 
-STATUS = ("completed", "aborted", "unservable", "failed")
+STATUS = ("completed", "aborted", "unservable", "failed", "unfinished")
 """How a request ended; `requests["status"]` holds indices into this tuple.
 
 completed: every token was delivered. aborted: given up by the policy (its SLO could not be met). unservable: larger
-than the context of the model or the memory pool. failed: anything else.
+than the context of the model or the memory pool. unfinished: the run was ended before (`--drain`). failed: anything else.
 """
 
 MODES = ("base", "unmerged", "merged", "mixture")
@@ -306,7 +306,7 @@ def summarize(result: RunResult, goodput: Mapping[str, float] | None = None) -> 
         "requests": len(table["id"]),
         "completed": len(rows),
         "failed": len(table["id"]) - len(rows),
-        **{name: int((table["status"] == STATUS.index(name)).sum()) for name in ("aborted", "unservable")},
+        **{name: int((table["status"] == STATUS.index(name)).sum()) for name in ("aborted", "unservable", "unfinished")},
         "duration": seconds,
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
