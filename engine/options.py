@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from traces.options import add_trace_arguments, count, names, positive, ranks
+from traces.options import add_trace_arguments, count, names, not_negative, positive, ranks
 
 MODELS = ("llava-1.5-7b", "llava-1.5-13b", "qwen2-vl-7b", "tiny-llava", "tiny-qwen2-vl")
 TARGETS = {"attention": ("qkv", "o"), "all": ("qkv", "o", "gate_up", "down")}
@@ -45,6 +45,8 @@ def add_replay_arguments(parser: argparse.ArgumentParser, policies: Iterable[str
     add("--closed-loop", type=count, default=closed_loop, metavar="N",
         help="N requests in flight, one arrives when one ends"
         + (f" (default {closed_loop})" if closed_loop else " (default: they arrive by the trace)"))  # fmt: skip
+    add("--drain", type=not_negative, metavar="S",
+        help="end the run S seconds after the last arrival (default: when every request has ended)")  # fmt: skip
     add("--router", choices=ROUTES, default="least-outstanding",
         help="which process a request goes to, under torchrun (default least-outstanding)")  # fmt: skip
     add("--page-tokens", type=count, default=16, metavar="N", help="KV tokens a page (default 16)")

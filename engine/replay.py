@@ -26,7 +26,7 @@ from policies.journal import Journal, result
 from policies.ledger import Ledger
 from policies.plan import Plan, Work
 from policies.view import Limits
-from traces.record import RunResult
+from traces.record import STATUS, RunResult
 from traces.request import NO_ADAPTER, Request, Trace
 
 INTERRUPTED = "the replay was interrupted"
@@ -42,6 +42,7 @@ class EngineConfig:
     None: what all of them need, up to a share of the memory. spare_adapters: how many may be added at run time. pins: names
     of adapters that are there from the start and never evicted. operator: None for the policy's own. targets: projections
     that adapters may touch. graphs: CUDA graphs of the steps. closed_loop: requests in flight, 0: they arrive by the trace.
+    drain_s: the run ends so many seconds after the last arrival, None: with its last request.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -54,6 +55,7 @@ class EngineConfig:
     spare_adapters: int = 0
     pins: tuple[str, ...] = ()
     closed_loop: int = 0
+    drain_s: float | None = None
     targets: tuple[str, ...] = ("qkv", "o")
     graphs: bool = True
     seed: int = 0
@@ -65,13 +67,15 @@ class Driver:
     """One run. runner None: nothing is computed, only decided (under a mocked clock).
 
     prompts: what requests say, by id; made up for the others. arrivals: where requests come from; by the trace's times if
-    absent. reasons: why requests failed, by id. stop: set it to end the run at the next step boundary. commands: what to
-    call between two leases, soon; watchers: what to call between any two (`engine.residents`). gone: adapters taken out.
+    absent. drain_s: the run ends so long after the trace's last arrival. reasons: why requests failed, by id. stop: set it
+    to end the run at the next step boundary. commands: what to call between two leases, soon; watchers: what to call between
+    any two (`engine.residents`). gone: adapters taken out.
     """
 
     def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost | None, journal: Journal, clock: Clock,
                  runner: Runner | None = None, *, prompts: dict[int, Prompt] | None = None, check_invariants: bool = False,
-                 progress: Callable[[int, int], None] | None = None, arrivals: Arrivals | None = None):
+                 progress: Callable[[int, int], None] | None = None, arrivals: Arrivals | None = None,
+                 drain_s: float | None = None):
         self.policy, self.ledger, self.cost, self.journal, self.clock = policy, ledger, cost, journal, clock
         self.runner = runner
         self.reasons: dict[int, str] = {}
@@ -87,6 +91,9 @@ class Driver:
         self._check = check_invariants
         self._progress = progress
         self._arrivals = arrivals or ByTrace(trace)
+        self._end_ps = FOREVER_PS
+        if drain_s is not None and len(trace):
+            self._end_ps = int(trace.arrival_ns[-1]) * PS_PER_NS + round(drain_s * 1e12)
 
     # -- what reaches it from outside -----------------------------------------------------------------------------------
     def _receive(self, *, between: bool = True) -> None:
@@ -146,6 +153,9 @@ class Driver:
                 self.clock.sleep(self._arrivals.next_ps())
                 continue
             start_ps = self.clock.now_ps()
+            if start_ps >= self._end_ps:
+                self._cut_off(start_ps // PS_PER_NS)
+                continue
             plan = self.policy.decide(self.ledger.view(start_ps // PS_PER_NS))
             if self._check:
                 check_idle(self.ledger, plan)
@@ -181,8 +191,17 @@ class Driver:
             raise InvariantError(f"policy {self.policy.name} decided {self._turns} times in a row and computed nothing")
         if not (plan.preempts or plan.aborts or plan.evicts):
             self._refuse_deadlock(plan)
-            until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
+            until_ps = self._until_ps(plan)
             self.clock.sleep(min(until_ps, self._arrivals.next_ps()))
+
+    def _until_ps(self, plan: Plan) -> int:
+        """When `plan` ends if nothing happens before."""
+        return self._end_ps if plan.until_ns is None else min(self._end_ps, plan.until_ns * PS_PER_NS)
+
+    def _cut_off(self, now_ns: int) -> None:
+        for request in faults.cut_off(self.ledger, now_ns):
+            if self.runner is not None:
+                self.runner.drop(request)
 
     def _bytes_of(self, adapter: int) -> int:
         if self.runner is not None:
@@ -193,8 +212,7 @@ class Driver:
         """Run the plan's steps up to the first boundary at or after the next event; then commit them."""
         ledger, runner, clock = self.ledger, self.runner, self.clock
         most = 1 if plan.prefills else ledger.lease_steps()
-        until_ps = FOREVER_PS if plan.until_ns is None else plan.until_ns * PS_PER_NS
-        until_ps = min(until_ps, self._arrivals.next_ps())
+        until_ps = min(self._until_ps(plan), self._arrivals.next_ps())
         ends: list[int] = []
         launched, enqueued_ps, halt, loading = 0, start_ps, False, clock.loading()
         while True:
@@ -311,6 +329,9 @@ def record(driver: Driver, trace: Trace, config: dict, *, operator: str, page_by
         notes.append(f"{len(reasons) - 20} more requests failed")
     run = result([part.journal for part in parts], policy=driver.policy.name, operator=operator, counters=counters,
                  config=config | {"notes": notes})  # fmt: skip
+    unfinished = int((run.requests["status"] == STATUS.index("unfinished")).sum())
+    if unfinished:
+        run.config["notes"].append(faults.note_on_cut_off(unfinished, len(trace), config["engine"]["drain_s"]))
     run.requests["task"] = trace.task[:arrived].astype(np.int64)
     return run
 

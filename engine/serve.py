@@ -123,6 +123,7 @@ class Session:
             driver = Driver(
                 trace, policy, engine.ledger, engine.cost, engine.journal, WallClock(engine.runner), engine.runner,
                 check_invariants=config.check_invariants, progress=progress.update, arrivals=arrivals,
+                drain_s=config.drain_s,
             )  # fmt: skip
             if world is not None:
                 driver.watchers.append(arrivals.report)
@@ -227,11 +228,14 @@ def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
     context = args.max_context or min(most, MOST_CONTEXT)
     if context > most:
         raise ValueError(f"--max-context {context} is above the model's {most}")
+    if args.drain is not None and args.closed_loop:
+        raise ValueError("--drain counts from the last arrival, and a --closed-loop has none of its own: drop one")
     return EngineConfig(
         limits=Limits(args.max_batch, args.max_batch_tokens, context), operator=args.operator,
         page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
         targets=TARGETS[args.targets], graphs=not args.no_graphs, seed=args.seed, keep_steps=args.output is not None,
         check_invariants=args.check_invariants, pins=args.pin, closed_loop=args.closed_loop,
+        drain_s=args.drain,
         adapter_bytes=None if args.adapter_memory is None else int(args.adapter_memory * 2**30),
     )  # fmt: skip
 

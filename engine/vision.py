@@ -29,6 +29,8 @@ class VisionGraphs:
 
     def capture(self) -> None:
         """Record all buckets, the largest first; none, with a word on stderr, for a tower that a graph cannot hold."""
+        if self._graphs:
+            return
         try:
             for bucket in reversed(BUCKETS):
                 self._graphs[bucket] = self._capture(bucket)

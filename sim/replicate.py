@@ -121,6 +121,7 @@ def config_of(record: RunResult) -> SimConfig:
         prefix_cache=engine["prefix_cache"], pages=int(record.counters["pool_pages"]), switch=ENGINE_SWITCH,
         adapter_bytes=None if room is None else int(room) * int(record.counters["page_bytes"]),
         pins=tuple(engine.get("pins", ())), closed_loop=engine.get("closed_loop", 0),
+        drain_s=engine.get("drain_s"),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def engine_results(profile_file, tmp_path):
     """engine_results(slower): a directory as `engine replay --output` writes it, of an engine that takes `slower` times what
     the tables say for a step, on the sample trace."""
 
-    def make(slower=1.0, boundary=1.0, closed=0, words=("--max-requests", "60", "--rate", "400", "--seed", "3")):
+    def make(slower=1.0, boundary=1.0, closed=0, drain=None, words=("--max-requests", "60", "--rate", "400", "--seed", "3")):
         from engine.arrivals import ClosedLoop
         from engine.clock import MockedClock
         from engine.replay import Driver, EngineConfig, record, resolved, stripped
@@ -72,9 +72,9 @@ def engine_results(profile_file, tmp_path):
                 slow.lease_ps = lambda *a, leases=leases, **k: round(boundary * leases(*a, **k))
                 clock._cost = slow
             arrivals = ClosedLoop(served, closed) if closed else None
-            driver = Driver(served, policy, ledger, cost, ledger.journal, clock, arrivals=arrivals)
+            driver = Driver(served, policy, ledger, cost, ledger.journal, clock, arrivals=arrivals, drain_s=drain)
             driver.run()
-            config = EngineConfig(limits=Limits(*LIMITS), closed_loop=closed)
+            config = EngineConfig(limits=Limits(*LIMITS), closed_loop=closed, drain_s=drain)
             settings = resolved(served, policy, config, cost, {"name": "tiny"}, {})
             results.append(record(driver, served, settings, operator=policy.operator, page_bytes=16 * 1024))
         out = tmp_path / f"engine-{slower}-{boundary}{'-closed' if closed else ''}"
@@ -123,6 +123,20 @@ def test_a_closed_loop_is_replicated_too(engine_results, profile_file):
     replicate(engine, profile_file, "--no-error-bars")
     for pair in pairs([str(engine)], []):
         assert all((pair.engine.requests[name] == pair.simulated.requests[name]).all() for name in REQUEST_COLUMNS)
+
+
+def test_requests_that_were_cut_off_are_cut_off_in_the_replica_too(engine_results, profile_file):
+    from analysis.validate import pairs
+    from traces.record import REQUEST_COLUMNS, STATUS
+
+    engine = engine_results(drain=0.01)
+    replicate(engine, profile_file, "--no-error-bars")
+    for pair in pairs([str(engine)], []):
+        cut = (pair.engine.requests["status"] == STATUS.index("unfinished")).sum()
+        assert 0 < cut < 60, pair.engine.policy
+        assert all((pair.engine.requests[name] == pair.simulated.requests[name]).all() for name in REQUEST_COLUMNS)
+        noted = f"ended 0.01 s after the last arrival: {cut} of 60"
+        assert any(note.startswith(noted) for note in pair.engine.config["notes"])
 
 
 def test_what_the_model_does_not_know_shows_and_says_where(engine_results, profile_file):
