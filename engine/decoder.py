@@ -8,7 +8,7 @@ It knows a layer and its projections, not which adapter or page a row belongs to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,7 @@ from engine.models import Model, ModelShape
 from engine.positions import Rotary
 from kernels.batch import Key, Projection
 from kernels.pointwise import add_rms_norm, rope_store, silu_mul
-from kernels.skinny import linear
-
-Branch = Callable[[torch.Tensor, torch.Tensor, Key], None]
-"""Adds the LoRA branches of a projection: (y, x, key), y in place."""
+from kernels.skinny import gated, linear
 
 ATTENTION = ("qkv", "o")
 ALL_LINEAR = ("qkv", "o", "gate_up", "down")
@@ -43,6 +40,18 @@ def projections_of(shape: ModelShape, names: tuple[str, ...] = ALL_LINEAR) -> di
         "down": Projection(shape.intermediate, (shape.hidden,)),
     }  # fmt: skip
     return {name: sizes[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Adds the LoRA branches of a projection: (y, x, key), y in place; to those named, and nothing to others."""
+
+    add: Callable[[torch.Tensor, torch.Tensor, Key], None]
+    names: Collection[str]
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, key: Key) -> None:
+        if key[1] in self.names:
+            self.add(y, x, key)
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,12 @@ class Decoder:
             if branch:
                 branch(update, context, (number, "o"))
             normed = add_rms_norm(update, hidden, layer.post_norm, self.eps)
-            gate_up = linear(normed, layer.gate_up)
-            if branch:
+            if branch and "gate_up" in branch.names:  # it comes between the linear and the gate
+                gate_up = linear(normed, layer.gate_up)
                 branch(gate_up, normed, (number, "gate_up"))
-            inner = silu_mul(gate_up)
+                inner = silu_mul(gate_up)
+            else:
+                inner = gated(normed, layer.gate_up)
             update = linear(inner, layer.down)
             if branch:
                 branch(update, inner, (number, "down"))

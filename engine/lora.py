@@ -128,13 +128,12 @@ class Lora:
 
     def bound(self, batch: LoraBatch, *, mixture: bool) -> Branch:
         """The branch over one batch object, as a graph captures it."""
-        op, pool, names = self._mixture_op if mixture else self._op, self.pool, self.pool.projections
+        op, pool = self._mixture_op if mixture else self._op, self.pool
 
         def add(y: torch.Tensor, x: torch.Tensor, key: tuple[int, str]) -> None:
-            if key[1] in names:
-                op(y, x, pool, batch, key)
+            op(y, x, pool, batch, key)
 
-        return add
+        return Branch(add, pool.projections)
 
     def compile(self, batches: list[LoraBatch]) -> None:
         """Compile, on all cores, what the operator will launch for batches of these shapes, where it can say so."""

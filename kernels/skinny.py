@@ -2,8 +2,9 @@
 
 With so few rows a layer takes as long as its weights take to arrive. The weights are the left operand of the tensor cores,
 64 of their rows a program, and the rows of x the narrow right one, padded to 16, 32 or 64; long sums are cut into parts so
-that the programs are at least two for each multiprocessor; and with dependent launch each program may fetch the first
-blocks of its weights while the kernel before still runs. Results do not depend on timing. It knows shapes, no layer.
+that the programs are at least two for each multiprocessor, or all blocks are shared evenly (`few_rows_shared`); and with
+dependent launch a program may fetch the first blocks of its weights while the kernel before still runs. gate and up can end
+as silu(gate) * up. Results do not depend on timing. It knows shapes, no layer.
 
 Weights must be complete before the first launch of a chain of such kernels, x only when its own kernel has ended. What was
 not measured, or lost, goes to torch.
@@ -11,7 +12,7 @@ not measured, or lost, goes to torch.
 
 from __future__ import annotations
 
-from kernels.target import INTERPRETED, device_name, has_dependent_launch  # isort: skip  (before triton)
+from kernels.target import INTERPRETED, device_name, has_dependent_launch, processors  # isort: skip  (before triton)
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.nn import functional
 
 from kernels.dependent import trigger, wait
 from kernels.launch import Launch, argument
+from kernels.pointwise import silu_mul
 
 BUCKETS = (16, 32, 64)
 """Rows of x are padded to the next of these."""
@@ -34,11 +36,13 @@ BK = 128
 
 @dataclass(frozen=True)
 class Tile:
-    """split: parts of the sum over K. stages: of the pipelined loop. held: blocks of W fetched before the wait, up to 3."""
+    """split: parts of the sum over K. stages: of the pipelined loop. held: blocks of W fetched before the wait, up to 3.
+    shared: 0, or programs a multiprocessor, which share all blocks evenly; `split` and `held` then mean nothing."""
 
     split: int = 1
     stages: int = 4
     held: int = 0
+    shared: int = 0
 
 
 MEASURED = "nvidia-h200"
@@ -58,6 +62,8 @@ small kernel that makes its x (RMSNorm or SiLU gate), both counted; microseconds
     12288 x 4096    27.0 / 29.8  27.9 / 30.1  27.8 / 30.4  30.8 / 30.5
     4096 x 11008    24.0 / 28.4  25.8 / 29.1  27.3 / 28.4  29.1 / 31.1
     4096 x 4096     10.8 / 13.4  11.8 / 13.7  12.6 / 14.0  13.4 / 13.8
+
+Gate and up (22016 x 4096) were timed without their gate, and no shape with even shares: `kernels.skinny_bench` does both.
 """
 
 
@@ -81,23 +87,42 @@ def _dot(w, x, acc, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _finish(at, inside, value, bias, n, BIAS: tl.constexpr):
+def _lines(tile, columns, BN: tl.constexpr, GATED: tl.constexpr):
+    """int32 [BN]: rows of W of a tile; gate and up of a column side by side where they end as one."""
+    r = tl.arange(0, BN)
+    if GATED:
+        return (r % 2) * (columns // 2) + tile * (BN // 2) + r // 2
+    return tile * BN + r
+
+
+@triton.jit
+def _finish(y, value, m, live, bias, tile, columns, BN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr):
+    """A tile's sums float32 [TOKENS, BN] to y: as they are, or as silu(gate) * up, rounded where the steps apart round."""
+    n = _lines(tile, columns, BN, GATED)
     if BIAS:
-        value += tl.load(bias + n).to(tl.float32)[None, :]
-    tl.store(at, value.to(at.dtype.element_ty), mask=inside)
+        value += tl.load(bias + tl.minimum(n, columns - 1)).to(tl.float32)[None, :]
+    value = value.to(y.dtype.element_ty)
+    if GATED:
+        gate, up = tl.split(tl.reshape(value, [value.shape[0], BN // 2, 2]))
+        wide = gate.to(tl.float32)
+        act = (wide / (1.0 + tl.exp(-wide))).to(value.dtype).to(tl.float32)
+        value = (act * up.to(tl.float32)).to(value.dtype)
+        n = tile * (BN // 2) + tl.arange(0, BN // 2)
+        columns = columns // 2
+    tl.store(y + m.to(tl.int64)[:, None] * columns + n[None, :], value, mask=live & (n < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["rows"])
 def few_rows(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
 
-    With SPLIT > 1 each program writes its part of the sum to planes float32 [columns / BN, SPLIT, TOKENS, BN], and the
-    last of a tile to come (counters int32 [columns / BN], zero before and after) adds the planes in their order, so that
-    the result does not depend on who was last.
+    GATED: y [rows, columns / 2], `_finish`. With SPLIT > 1 each program writes its part of the sum to planes float32
+    [columns / BN, SPLIT, TOKENS, BN], and the last of a tile to come (counters int32 [columns / BN], zero before and after)
+    adds the planes in their order, so that the result does not depend on who was last.
     """
     if PDL:
         trigger()
@@ -105,7 +130,7 @@ def few_rows(
     tile = tl.program_id(1)
     NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
     EVEN: tl.constexpr = K % (SPLIT * BK) == 0
-    n = tile * BN + tl.arange(0, BN)
+    n = _lines(tile, columns, BN, GATED)
     m = tl.arange(0, TOKENS)
     k = part * (NK * BK) + tl.arange(0, BK)
     live = (m < rows)[:, None]
@@ -129,10 +154,8 @@ def few_rows(
     if HELD > 2:
         acc = _dot(w2, _rows(x_at, live, k, 2, K, BK, EVEN), acc, IEEE)
     value = tl.trans(acc)
-    y_at = y + m.to(tl.int64)[:, None] * columns + n[None, :]
-    inside = live & (n < columns)[None, :]
     if SPLIT == 1:
-        _finish(y_at, inside, value, bias, tl.minimum(n, columns - 1), BIAS)
+        _finish(y, value, m, live, bias, tile, columns, BN, BIAS, GATED)
     else:
         at = planes + tile.to(tl.int64) * (SPLIT * TOKENS * BN) + m[:, None] * BN + tl.arange(0, BN)[None, :]
         tl.store(at + part * (TOKENS * BN), value, mask=live)
@@ -142,7 +165,90 @@ def few_rows(
             total = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
             for s in tl.static_range(1, SPLIT):
                 total += tl.load(at + s * (TOKENS * BN), mask=live, other=0.0, cache_modifier=".cg")
-            _finish(y_at, inside, total, bias, tl.minimum(n, columns - 1), BIAS)
+            _finish(y, total, m, live, bias, tile, columns, BN, BIAS, GATED)
+
+
+@triton.jit
+def _all_stored(INTERPRETED: tl.constexpr):
+    """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _meet(
+    value, m, live, planes, counters, y, bias, tile, first, last, program, columns,
+    TOKENS: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One program's part `value` of a tile that programs first .. last share: the last to come adds all, in their order.
+
+    A program leaves its part in its plane 1 if the tile begins there, else in its plane 0.
+    """
+    at = m[:, None] * BN + tl.arange(0, BN)[None, :]
+    came = tl.atomic_add(counters + tile, 0, sem="acquire")
+    if came != last - first:
+        mine = (program * 2 + (program == first)).to(tl.int64) * (TOKENS * BN)
+        tl.store(planes + mine + at, value, mask=live)
+        _all_stored(INTERPRETED)  # every thread's stores come before the one thread's release
+        came = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+    if came == last - first:
+        tl.store(counters + tile, 0)
+        total = tl.zeros([TOKENS, BN], tl.float32)
+        for s in tl.static_range(MOST):
+            other = first + s
+            plane = (other * 2 + (s == 0)).to(tl.int64) * (TOKENS * BN)
+            there = live & (other <= last) & (other != program)
+            part = tl.load(planes + plane + at, mask=there, other=0.0, cache_modifier=".cg")
+            total += tl.where(other == program, value, part)
+        _finish(y, total, m, live, bias, tile, columns, BN, BIAS, GATED)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_shared(
+    x, w, bias, y, planes, counters, rows, columns,
+    XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
+    IEEE: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """`few_rows` with the BLOCKS blocks of all tiles laid end to end and shared evenly among PROGRAMS programs.
+
+    All programs then end together, and none waits for its first weights but once (the schedule of Stream-K, Osama et al.,
+    PPoPP 2023). planes float32 [PROGRAMS, 2, TOKENS, BN]; counters as for `few_rows`.
+    """
+    if PDL:
+        trigger()
+    NK: tl.constexpr = (K + BK - 1) // BK
+    EVEN: tl.constexpr = K % BK == 0
+    LONGEST: tl.constexpr = (BLOCKS + PROGRAMS - 1) // PROGRAMS
+    MOST: tl.constexpr = (NK - 1) // (BLOCKS // PROGRAMS) + 2
+    program = tl.program_id(0)
+    start = (BLOCKS * program) // PROGRAMS
+    end = (BLOCKS * (program + 1)) // PROGRAMS
+    m = tl.arange(0, TOKENS)
+    k = tl.arange(0, BK)
+    live = (m < rows)[:, None]
+    x_at = x + m[:, None] * XS + k[None, :]
+    if PDL:
+        wait()
+    acc = tl.zeros([BN, TOKENS], tl.float32)
+    for step in tl.range(LONGEST, num_stages=STAGES):
+        u = tl.minimum(start + step, end - 1)  # the last step of a shorter share comes to nothing
+        tile = u // NK
+        i = u - tile * NK
+        n = tl.minimum(_lines(tile, columns, BN, GATED), columns - 1)
+        w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
+        acc = _dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
+        if (start + step == u) & ((i == NK - 1) | (u == end - 1)):
+            first = ((tile * NK + 1) * PROGRAMS - 1) // BLOCKS
+            last = ((tile * NK + NK) * PROGRAMS - 1) // BLOCKS
+            value = tl.trans(acc)
+            if first == last:
+                _finish(y, value, m, live, bias, tile, columns, BN, BIAS, GATED)
+            else:
+                _meet(value, m, live, planes, counters, y, bias, tile, first, last, program, columns, TOKENS, BN, MOST,
+                      BIAS, GATED, INTERPRETED)
+            acc = tl.zeros([BN, TOKENS], tl.float32)
 
 
 _PLANS: dict[tuple, Callable] = {}
@@ -156,6 +262,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     tile = _tile_for(x, weight)
     return run(x, weight, bias, tile) if tile else functional.linear(x, weight, bias)
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, [rows, I], where weight [2 I, K] holds gate above up; one kernel where `linear` has one.
+
+    Rounded where `pointwise.silu_mul` behind a linear rounds. Of captures and streams see `linear`.
+    """
+    tile = _tile_for(x, weight)
+    return run(x, weight, None, tile, gate=True) if tile else silu_mul(functional.linear(x, weight))
 
 
 def _bucket(rows: int) -> int | None:
@@ -174,43 +289,49 @@ def _tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
     return tiles[bucket]
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile) -> torch.Tensor:
-    """`linear` by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
+    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
     rows, (columns, depth) = len(x), weight.shape
     tokens = BUCKETS[_bucket(rows)]
-    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, x.device)
+    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, x.device)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS[key] = _plan(x, columns, depth, tokens, tile, bias is not None)
-    y = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+        plan = _PLANS[key] = _plan(x, columns, depth, tokens, tile, bias is not None, gate)
+    y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
     plan(x, weight, x if bias is None else bias, y)
     return y
 
 
-def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, bias: bool) -> Launch:
+def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, bias: bool,
+              gate: bool = False) -> Launch:  # fmt: skip
     """The kernel for W [columns, depth] and rows of x `stride` apart, padded to `tokens`."""
     constants = {
-        "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages,
-        "HELD": min(tile.held, -(-depth // (tile.split * BK))), "BIAS": bias, "PDL": has_dependent_launch(),
-        "IEEE": dtype is torch.float32,
+        "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "STAGES": tile.stages, "BIAS": bias, "GATED": gate,
+        "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w", "bias", "y"), dtype)
     types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
-    return Launch(few_rows, (tile.split, -(-columns // BN)), constants, types)
+    tiles, blocks = -(-columns // BN), -(-depth // BK)
+    if tile.shared:
+        programs = min(tile.shared * processors(), tiles * blocks)
+        constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs, "INTERPRETED": INTERPRETED}
+        return Launch(few_rows_shared, (programs, 1), constants, types)
+    constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK)))}
+    return Launch(few_rows, (tile.split, tiles), constants, types)
 
 
-def _plan(x: torch.Tensor, columns: int, depth: int, tokens: int, tile: Tile, bias: bool) -> Callable:
+def _plan(x: torch.Tensor, columns: int, depth: int, tokens: int, tile: Tile, bias: bool, gate: bool) -> Callable:
     """The launch of one shape as a function of (x, weight, bias, y), with counters of its own."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"no linear of {tokens} rows and {columns} x {depth} weights has run yet; run one, then capture")
-    launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias)
-    start, tiles = launch.bind(x.device), launch.grid[1]
+    launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias, gate)
+    start, tiles = launch.bind(x.device), -(-columns // BN)
     counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    sizes = (tiles, tile.split, tokens, BN) if tile.split > 1 else (1,)
+    planes = 2 * launch.grid[0] if tile.shared else tiles * tile.split if tile.split > 1 else 0
 
     def start_it(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
-        planes = torch.empty(sizes, dtype=torch.float32, device=x.device)
-        pointers = [argument(tensor) for tensor in (x, weight, bias, y, planes, counters)]
+        parts = torch.empty(planes, tokens, BN, dtype=torch.float32, device=x.device)
+        pointers = [argument(tensor) for tensor in (x, weight, bias, y, parts, counters)]
         start(*pointers, len(x), columns)
 
     return start_it

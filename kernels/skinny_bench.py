@@ -1,7 +1,8 @@
 """Times linear layers of few rows against torch's, every tile, as a decode step pays for them.
 
-A CUDA graph of calls over different weights (cold in L2), each behind the RMSNorm that makes its x; both are counted. It
-writes CSV to stdout, the fastest of a (shape, rows) first; torch's row has no tile. It knows shapes, no model's weights.
+A CUDA graph of calls over different weights (cold in L2), each behind the RMSNorm that makes its x; both are counted, and
+behind gate and up their SiLU gate, which ours computes itself. It writes CSV to stdout, the fastest of a (shape, rows)
+first; torch's row has no tile. It knows shapes, no model's weights.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import datetime
 import sys
 from collections.abc import Callable
+from dataclasses import astuple
 from itertools import product
 from statistics import median
 
@@ -17,7 +19,7 @@ import torch
 import triton
 from torch.nn import functional
 
-from kernels.pointwise import add_rms_norm
+from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
 from kernels.skinny import BUCKETS, Tile, launch_of, run
 from kernels.timing import COPY_TB_S
@@ -28,19 +30,21 @@ SHAPES = {
     "qwen2-vl-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
 }
 """(rows of W, K) of q, k, v together, o, gate and up together, down."""
+GATES = tuple(shapes[2] for shapes in SHAPES.values())
 COLD_BYTES = 128 << 20
-COLUMNS = ("columns", "depth", "rows", "split", "stages", "held", "us", "floor_us", "error")
+COLUMNS = ("columns", "depth", "rows", "split", "stages", "held", "shared", "us", "floor_us", "error")
 
 
 def candidates(columns: int) -> list[Tile]:
     """Tiles worth a try: sums are cut where the programs would be few."""
     splits = (1,) if columns > 16384 else (1, 2) if columns > 8192 else (2, 4)
-    return [Tile(split, stages, held) for split, stages, held in product(splits, (3, 4, 6), (0, 2, 3))]
+    apart = [Tile(split, stages, held) for split, stages, held in product(splits, (3, 4, 6), (0, 2, 3))]
+    return apart + [Tile(1, stages, 0, shared) for shared, stages in product((1, 2, 3), (3, 4, 6))]
 
 
-def precompile(columns: int, depth: int, tokens: int, split: int, stages: int, held: int) -> None:
+def precompile(columns: int, depth: int, tokens: int, *tile: int) -> None:
     """Compile one tile into Triton's disk cache."""
-    launch_of(columns, depth, depth, tokens, Tile(split, stages, held), torch.bfloat16, False).compile()
+    launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, False, (columns, depth) in GATES).compile()
 
 
 def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> float:
@@ -72,22 +76,26 @@ def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: s
     residual = torch.empty(rows, depth, dtype=dtype, device=device).normal_(generator=random)
     ones = torch.ones(depth, dtype=dtype, device=device)
     calls = -(-16 // layers) * layers
+    gate = (columns, depth) in GATES
     truth = functional.linear(add_rms_norm(None, residual, ones, 1e-5).float(), weights[0].float())
+    truth = silu_mul(truth) if gate else truth
     found = []
     for tile in (None, *tiles):
         def one(i: int, tile: Tile | None = tile) -> torch.Tensor:
             x, w = add_rms_norm(None, residual, ones, 1e-5), weights[i % layers]
-            return run(x, w, None, tile) if tile else functional.linear(x, w)
+            if tile:
+                return run(x, w, None, tile, gate=gate)
+            return silu_mul(functional.linear(x, w)) if gate else functional.linear(x, w)
 
         try:
             error = float((one(0).float() - truth).norm() / truth.norm())
         except triton.runtime.errors.OutOfResources:
             continue
         floor = weights[0].nbytes / COPY_TB_S / 1e6
-        sizes = (columns, depth, rows, *((tile.split, tile.stages, tile.held) if tile else ("", "", "")))
+        sizes = (columns, depth, rows, *(astuple(tile) if tile else ("",) * 4))
         found.append((time_us(one, calls), (*sizes, f"{floor:.1f}", f"{error:.1e}")))
     found.sort(key=lambda row: row[0])
-    return [dict(zip(COLUMNS, (*rest[:6], f"{us:.1f}", *rest[6:]), strict=True)) for us, rest in found]
+    return [dict(zip(COLUMNS, (*rest[:7], f"{us:.1f}", *rest[7:]), strict=True)) for us, rest in found]
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +109,7 @@ def main(arguments: list[str]) -> int:
     shapes = [shape for model in args.models for shape in SHAPES[model]]
     buckets = {next(bucket for bucket in BUCKETS if rows <= bucket) for rows in args.rows}
     in_parallel(precompile, [
-        (*shape, tokens, tile.split, tile.stages, tile.held)
+        (*shape, tokens, *astuple(tile))
         for shape in shapes for tokens in sorted(buckets) for tile in candidates(shape[0])
     ])  # fmt: skip
     print(f"# device: {torch.cuda.get_device_name()}")

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from kernels import launch as launching
 from kernels import skinny, skinny_bench
-from kernels.skinny import TILES, Tile, linear, run
+from kernels.pointwise import silu_mul
+from kernels.skinny import TILES, Tile, gated, linear, run
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
@@ -33,9 +35,11 @@ def error(y, x, w, bias):
     ("rows", "columns", "depth", "tile"),
     [
         (1, 64, 256, Tile()), (5, 80, 512, Tile(2, 3, 1)), (16, 130, 400, Tile(3, 3, 3)), (17, 64, 1024, Tile(4, 3, 3)),
-        (64, 64, 640, Tile(2, 4, 2)),
+        (64, 64, 640, Tile(2, 4, 2)), (5, 330, 512, Tile(shared=1)), (16, 130, 400, Tile(shared=2)),
+        (64, 64, 1280, Tile(shared=1)), (3, 64, 256, Tile(shared=3)),
     ],
-    ids=["one row", "columns to spare", "depth to spare", "all of it held", "64 rows"],
+    ids=["one row", "columns to spare", "depth to spare", "all of it held", "64 rows", "shared", "shared, depth to spare",
+         "one tile for all", "a block each"],
 )  # fmt: skip
 def test_equals_float32_and_itself(rows, columns, depth, tile, dtype):
     for bias in (False, True):
@@ -43,6 +47,32 @@ def test_equals_float32_and_itself(rows, columns, depth, tile, dtype):
         once, again = run(x, w, b, tile), run(x, w, b, tile)
         assert error(once, x, w, b) < TOLERANCE[dtype]
         assert torch.equal(once, again), "the counters are back at zero"
+
+
+@interpreted
+@pytest.mark.parametrize("tile", [Tile(), Tile(2, 3, 1), Tile(shared=2)], ids=["a tile each", "parts", "shared"])
+def test_a_gate_in_the_linear_rounds_as_one_behind_it(tile):
+    for rows, half, depth in ((1, 32, 256), (7, 40, 384), (40, 96, 400)):
+        x, w, _ = operands(rows, 2 * half, depth, torch.float16, bias=False)
+        once, apart = run(x, w, None, tile, gate=True), silu_mul(run(x, w, None, tile))
+        # shared: a column's sum may be cut elsewhere
+        assert torch.equal(once, apart) if not tile.shared else torch.allclose(once, apart, rtol=4e-3, atol=1e-3)
+
+
+@interpreted
+def test_whoever_comes_last_adds_the_parts_in_their_order(monkeypatch):
+    """The same bytes when the programs run in the other order."""
+    x, w, _ = operands(4, 192, 1024, torch.float32)
+    forwards = run(x, w, None, Tile(shared=1))
+    set_program, order = interpreter_builder.set_grid_idx, []
+
+    def backwards(x, y, z):
+        order.append(interpreter_builder.grid_dim[0] - 1 - x)
+        set_program(order[-1], y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
+    assert torch.equal(run(x, w, None, Tile(shared=1)), forwards)
+    assert order == [3, 2, 1, 0]
 
 
 @interpreted
@@ -56,6 +86,7 @@ def test_rows_may_be_strided():
 def test_without_a_gpu_torch_computes():
     x, w, b = operands(3, 32, 48, torch.float32)
     assert torch.equal(linear(x[None], w, b), torch.nn.functional.linear(x[None], w, b))
+    assert torch.equal(gated(x, w), silu_mul(torch.nn.functional.linear(x, w)))
 
 
 def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
@@ -71,12 +102,15 @@ def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
 @interpreted
 def test_the_bench_ranks_tiles_and_torch_and_proves_each(monkeypatch):
     monkeypatch.setattr(skinny_bench, "COLD_BYTES", 1)
-    times = iter((3.0, 1.0, 2.0))
-    tiles = [Tile(2, 3, 1), Tile()]
-    rows = skinny_bench.shape_rows(64, 512, 2, tiles, "cpu", torch.float32, lambda call, calls: next(times))
-    assert [(row["us"], row["split"], row["held"]) for row in rows] == [("1.0", 2, 1), ("2.0", 1, 0), ("3.0", "", "")]
-    assert all(float(row["error"]) < 1e-5 for row in rows)
-    assert all(list(row) == list(skinny_bench.COLUMNS) for row in rows)
+    for gates in ((), ((64, 512),)):
+        monkeypatch.setattr(skinny_bench, "GATES", gates)
+        next_time = iter((3.0, 1.0, 2.0)).__next__
+        tiles = [Tile(2, 3, 1), Tile(shared=2)]
+        rows = skinny_bench.shape_rows(64, 512, 2, tiles, "cpu", torch.float32, lambda *_, time=next_time: time())
+        assert [(row["us"], row["split"], row["held"]) for row in rows] == [("1.0", 2, 1), ("2.0", 1, 0), ("3.0", "", "")]
+        assert [row["shared"] for row in rows] == [0, 2, ""]
+        assert all(float(row["error"]) < 1e-5 for row in rows)
+        assert all(list(row) == list(skinny_bench.COLUMNS) for row in rows)
 
 
 def test_the_bench_tries_what_the_table_holds():
@@ -122,13 +156,20 @@ def test_measured_shapes_on_the_gpu(columns, depth, rows):
         once = run(x, w, b, tile)
         assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
         assert all(torch.equal(run(x, w, b, tile), once) for _ in range(5))
+    for shared in (1, 2, 3):
+        once = run(x, w, b, Tile(1, 3, 0, shared))
+        assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
+        assert all(torch.equal(run(x, w, b, Tile(1, 3, 0, shared)), once) for _ in range(5))
+    for tile in filter(None, (*TILES[columns, depth], Tile(1, 3, 0, 1))):
+        once, apart = run(x, w, None, tile, gate=True), silu_mul(run(x, w, None, tile))
+        assert torch.equal(once, apart) if not tile.shared else torch.allclose(once, apart, rtol=2e-2, atol=2e-2)
 
 
 @cuda
 @pytest.mark.gpu
 def test_a_chain_that_overlaps_equals_one_that_does_not():
-    """o, norm, gate_up, SiLU and down of a layer in one graph, bit for bit what each gives by itself."""
-    from kernels.pointwise import add_rms_norm, silu_mul
+    """o, norm, gate_up with its SiLU, and down of a layer in one graph, bit for bit what each gives by itself."""
+    from kernels.pointwise import add_rms_norm
 
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = ((4096, 4096), (22016, 4096), (4096, 11008))
@@ -141,9 +182,7 @@ def test_a_chain_that_overlaps_equals_one_that_does_not():
             pause()
             x = add_rms_norm(x, residual, scale, 1e-5)
             pause()
-            x = linear(x, weights[1])
-            pause()
-            x = silu_mul(x)
+            x = gated(x, weights[1])
             pause()
             x = linear(x, weights[2])
             pause()
