@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=count, default=None, metavar="N",
         help="processes that train side by side (default: as many as the machine carries; results do not depend on it)")
     add("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that draw the demo's data")
+    add("--no-graphs", action="store_true", help="train without CUDA graphs, should their capture end the process")
     add("--stop-after", type=float, default=None, metavar="SECONDS", help="stop at the next checkpoint, to go on later")
 
 
@@ -70,8 +71,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(output)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     repeatable_arithmetic()
-    if device == "cpu":
-        torch.set_num_threads(1)  # so that sums do not depend on the number of workers
+    torch.set_num_threads(1)  # so that sums do not depend on the number of workers, and workers leave each other the cores
     transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
 
@@ -113,7 +113,7 @@ def _report(args: argparse.Namespace, output: Path, device: str, deadline: float
         retries = DEMO_RETRIES if args.retries == "auto" else given
         compare = COMPARE if args.compare is None else tuple(named)
         return demo(output, args.size, compare=compare, retries=retries, workers=args.workers, device=device, jobs=args.jobs,
-                    seed=args.seed, deadline=deadline, log=log)  # fmt: skip
+                    seed=args.seed, graphs=not args.no_graphs, deadline=deadline, log=log)  # fmt: skip
     if not args.model or not args.domains:
         raise DomainError("--model and --domains are needed (or `demo`, which makes both)")
     recipe = Recipe(rank=args.rank, alpha=args.rank / 4, dropout=0.1, learning_rate=2e-4, seed=args.seed)
@@ -122,7 +122,7 @@ def _report(args: argparse.Namespace, output: Path, device: str, deadline: float
     retries = given
     if args.retries == "auto":
         retries = None if len(load_domains(args.domains)) <= EXACT else DEFAULT_RETRIES
-    options = Options(recipe, retries, tuple(named), workers=args.workers)
+    options = Options(recipe, retries, tuple(named), workers=args.workers, graphs=not args.no_graphs)
     return fuse(args.model, args.domains, output, options, device=device, deadline=deadline, log=log)
 
 

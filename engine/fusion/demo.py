@@ -36,7 +36,8 @@ SCALES = {
 
 
 def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: int | None, workers: int | None, device: str,
-         jobs: int, seed: int = 0, deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> dict:
+         jobs: int, seed: int = 0, graphs: bool = True, deadline: float | None = None,
+         log: Callable[[str], None] = lambda line: None) -> dict:
     """Data, base model, adapters; the report of `engine.fusion.fuse.fuse`."""
     output, scale = Path(output), SCALES[size]
     yaml = generate_data.write_domains(output / "data", size, seed, scale.domains, jobs, log)
@@ -46,6 +47,6 @@ def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: in
             texts += [text for example in split for text in (example.question, *example.answers)]
         texts += domain.labels
     model = pretrain.pretrain(output / "base", pretrain.SIZES[size], texts, device=device, seed=seed, jobs=jobs,
-                              deadline=deadline, log=log)  # fmt: skip
-    options = Options(scale.recipe, retries, compare, scale.yardstick, workers)
+                              graphs=graphs, deadline=deadline, log=log)  # fmt: skip
+    options = Options(scale.recipe, retries, compare, scale.yardstick, workers, graphs)
     return fuse(model, yaml, output, options, device=device, deadline=deadline, log=log)

@@ -48,7 +48,7 @@ class Options:
     """retries: attempts on fewer adapters after the first packing (None: until proven, or won over the heuristic's).
 
     compare: of COMPARISONS. yardstick: try everything on the first so many domains (0: none). workers: processes, None: as
-    many as suit the machine.
+    many as suit the machine. graphs: False trains without CUDA graphs.
     """
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -56,6 +56,7 @@ class Options:
     compare: tuple[str, ...] = ()
     yardstick: int = 0
     workers: int | None = 1
+    graphs: bool = True
 
 
 def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, options: Options, *, device: str,
@@ -63,7 +64,7 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
     """Do all of it, or what is left of it; the report. FloorError, DomainError, ModelError, OutOfTime say what ended it."""
     started = time.monotonic()
     output = Path(output)
-    again = partial(open_runs, model, domains_yaml, output, options.recipe, device, deadline)
+    again = partial(open_runs, model, domains_yaml, output, options.recipe, device, deadline, options.graphs)
     runs = again(log=log)
     count = options.workers or default_workers(runs.bench)
     log(f"{len(runs.bench.domains)} domains, {count} worker{'s' if count > 1 else ''}")
@@ -82,12 +83,12 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
 
 
 def open_runs(model: str | Path, domains_yaml: str | Path, output: Path, recipe: Recipe, device: str, deadline: float | None,
-              *, log: Callable[[str], None]) -> Runs:
+              graphs: bool = True, *, log: Callable[[str], None]) -> Runs:
     """The base model, the domains, and what has been trained so far; the same in each process."""
     domains = load_domains(domains_yaml)
     digest = digest_of(Path(model), domains)
     bench = open_workbench(model, domains, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, device=device,
-                           deadline=deadline, store=output / "features" / digest[:12], log=log)  # fmt: skip
+                           deadline=deadline, store=output / "features" / digest[:12], graphs=graphs, log=log)  # fmt: skip
     return Runs(bench, output / "runs", recipe, digest)
 
 

@@ -25,7 +25,7 @@ import torch
 from engine.fusion import checkpoint
 from engine.fusion.metrics import HIGHEST, Score
 from engine.fusion.search import Attempt
-from engine.fusion.train import Recipe, Result, Task, batch_loss, train
+from engine.fusion.train import Recipe, Result, Task, batch_loss, repeatable, train
 from engine.fusion.workbench import Workbench
 from traces.whole_file import replace_text
 
@@ -172,6 +172,7 @@ class TrainingOracle:
         bench.peft.eval()
         factors = [parameter for key, parameter in bench.lora.items() if ".lora_B." in key]
         size = min(SIGNAL_BATCH, len(bench.sample(name, "train")))
-        gradients = torch.autograd.grad(batch_loss(bench, None, name, range(size)), factors)
+        with repeatable(bench):
+            gradients = torch.autograd.grad(batch_loss(bench, None, name, range(size)), factors)
         flat = torch.cat([gradient.flatten().float() for gradient in gradients])
         return (flat / flat.norm().clamp(min=1e-12)).cpu()

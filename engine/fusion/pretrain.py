@@ -98,7 +98,7 @@ def build_model(size: Size, vocabulary: int, seed: int):
 
 
 def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: str, seed: int = 0, jobs: int = 1,
-             deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> Path:
+             graphs: bool = True, deadline: float | None = None, log: Callable[[str], None] = lambda line: None) -> Path:
     """Train and write the checkpoint directory `folder`, or go on where a killed run left off; `folder` if it is there.
 
     texts: what the domains say, so that the tokenizer has their words (the weights have not learnt them).
@@ -115,7 +115,7 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     tokenizer = build_tokenizer([*texts, *(f"{d.question} {d.answer}" for d in drawings)])
     model = build_model(size, len(tokenizer), seed).to(device)
     _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed,
-           deadline, log)
+           Graphs(log, graphs), deadline, log)
     unfinished = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.to("cpu").save_pretrained(unfinished)
@@ -143,7 +143,7 @@ def _drawn(numbers: range, seed: int) -> list[Drawing]:
 
 
 def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: Path, seed: int,
-           deadline: float | None, log) -> None:
+           graphs: Graphs, deadline: float | None, log) -> None:
     device = model.lm_head.weight.device
     pixels, owners = _pixels(drawings)
     pixels = pixels.to(device)
@@ -153,7 +153,6 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
     longest: dict[int, int] = {}  # ids of a prompt's tail and answer, by number of frames
     for drawing, (tail, answer) in zip(drawings, encoded, strict=True):
         longest[len(drawing.frames)] = max(longest.get(len(drawing.frames), 0), len(tail) + len(answer))
-    graphs = Graphs(log)
     parameters = dict(model.named_parameters())
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
     first, loss = 0, 0.0

@@ -226,7 +226,7 @@ class Workbench:
 
 
 def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: int, alpha: float, dropout: float,
-                   device: str, deadline: float | None = None, store: Path | None = None,
+                   device: str, deadline: float | None = None, store: Path | None = None, graphs: bool = True,
                    log: Callable[[str], None] = lambda line: None) -> Workbench:
     """The checkpoint in `directory` (bf16 on a GPU, float32 on a CPU) with an empty LoRA adapter. ModelError if unfit."""
     from peft import LoraConfig, get_peft_model
@@ -243,7 +243,7 @@ def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: 
     with torch.random.fork_rng([]):
         peft = get_peft_model(model.hf, config)
     wording = Wording(model.shape.family, tokenizer, model.shape.image_token_id)
-    return Workbench(model, wording, peft, domains, log, Graphs(log), deadline, store)
+    return Workbench(model, wording, peft, domains, log, Graphs(log, graphs), deadline, store)
 
 
 def digest_of(directory: Path, domains: Sequence[Domain]) -> str:

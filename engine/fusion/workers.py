@@ -3,7 +3,8 @@
 A job is a function of `Runs` and of plain values, and what it makes lies in files of its own, so that results depend neither
 on the number of workers nor on who comes first; two jobs that want the same run take turns (`checkpoint.locked`). Each
 worker is a process (spawned, one CUDA context each) that opens the base model once. One worker means this process.
-Workers end with their parent, however it ends. It knows nothing of what the jobs do.
+Workers end with their parent, however it ends; where one dies, the jobs go on in this process, which is said. It knows
+nothing of what the jobs do.
 """
 
 from __future__ import annotations
@@ -28,10 +29,6 @@ Job = tuple[Callable, tuple]
 _kept: dict[str, Any] = {}
 
 
-class WorkerError(OSError):
-    """A worker process died. The message says what to do."""
-
-
 def default_workers(bench: Workbench) -> int:
     """Processes that a machine carries: one for a model that fills the device, else one for every two cores of a GPU's host,
     or for every core."""
@@ -54,6 +51,7 @@ class Workers:
     def __init__(self, here: Any, open_again: Callable, count: int):
         self._here, self._open, self._count = here, open_again, count
         self._pool: ProcessPoolExecutor | None = None
+        self._reader: threading.Thread | None = None
 
     def __enter__(self) -> Workers:
         if self._count > 1:
@@ -68,6 +66,7 @@ class Workers:
     def __exit__(self, *_) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        if self._reader is not None:
             self._lines.put(None)
             self._reader.join()
 
@@ -76,15 +75,21 @@ class Workers:
             self._here.bench.log(line)
 
     def each(self, jobs: Sequence[Job]) -> list:
-        """The jobs' results, in their order. The first error, once those under way have ended; WorkerError."""
-        if self._pool is None:
-            return [function(self._here, *given) for function, given in jobs]
-        futures = [self._pool.submit(_do, function, given) for function, given in jobs]
+        """The jobs' results, in their order. The first error, once those under way have ended."""
+        if self._pool is not None:
+            try:
+                return self._side_by_side(self._pool, jobs)
+            except BrokenProcessPool:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
+                self._here.bench.log("a worker process died, perhaps for lack of memory; all goes on in one process "
+                                     "(fewer --workers may fit)")  # fmt: skip
+        return [function(self._here, *given) for function, given in jobs]
+
+    def _side_by_side(self, pool: ProcessPoolExecutor, jobs: Sequence[Job]) -> list:
+        futures = [pool.submit(_do, function, given) for function, given in jobs]
         try:
             return [future.result() for future in futures]
-        except BrokenProcessPool:
-            reason = "a worker process died, perhaps for lack of memory; run the same command again with fewer --workers"
-            raise WorkerError(reason) from None
         except BaseException:
             for future in futures:
                 future.cancel()
