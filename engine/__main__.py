@@ -1,9 +1,9 @@
-"""`python -m engine replay | baseline | generate | make-adapters | fuse | profile`: serve a trace, also beside PEFT, answer
-one prompt, make or train adapters, measure what the simulator needs to know.
+"""`python -m engine replay | campaign | baseline | generate | make-adapters | fuse | profile`: serve a trace, or many, also
+beside PEFT, answer one prompt, make or train adapters, measure what the simulator needs to know.
 
-Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 2 (bad input; one line that says where and what
-to do), 3 (an invariant was broken: a bug, not bad input), 4 (`profile`: more is to be measured), 130 (interrupted; what had
-finished was written).
+Results go to stdout, progress, timing and errors to stderr. Exit codes: 0, 1 (`campaign`: cells failed), 2 (bad input; one
+line that says where and what to do), 3 (an invariant was broken: a bug, not bad input), 75 (`campaign`, `fuse`, `profile`:
+the time was up, the same command goes on), 130 (interrupted; what had finished was written).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from engine.fusion.__main__ import add_arguments as add_fuse_arguments
 from engine.options import (
     add_baseline_arguments,
+    add_campaign_arguments,
     add_generate_arguments,
     add_make_adapters_arguments,
     add_profile_arguments,
@@ -31,6 +32,8 @@ def build_parser() -> SuggestingParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_replay_arguments(commands.add_parser("replay", help="replay a trace on this machine", description=(
         "Replay a trace through LoRA serving policies on this machine's GPU.")), known_policies())  # fmt: skip
+    add_campaign_arguments(commands.add_parser("campaign", help="replay many traces, resumable", description=(
+        "Replay every trace of a campaign under each of its policies; killed, the same command goes on.")))  # fmt: skip
     add_baseline_arguments(commands.add_parser("baseline", help="replay beside transformers + PEFT", description=(
         "Replay a trace in a closed loop, and serve its first requests by transformers with PEFT; tokens/s of both.")),
         known_policies())  # fmt: skip
@@ -50,6 +53,12 @@ def run(args: argparse.Namespace) -> int:
         from engine.serve import replay
 
         return replay(args)
+    if args.command == "campaign":
+        if not (args.output or args.dry_run):
+            raise ValueError("--output DIR says where the records go; --dry-run writes none")
+        from engine.campaign import campaign
+
+        return campaign(args)
     if args.command == "generate":
         from engine.generate import generate
 

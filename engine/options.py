@@ -1,4 +1,4 @@
-"""The command-line options of the engine's three commands. No torch here, so that a misspelt option is answered at once."""
+"""The command-line options of the engine's commands but `fuse`. No torch here: a misspelt option is answered at once."""
 
 from __future__ import annotations
 
@@ -97,6 +97,20 @@ def add_make_adapters_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-classes", type=count, default=0, metavar="N", help="give each a task head with N classes")
     add("--head-queries", type=count, default=0, metavar="N", help="make the head a detector with N queries")
     add("--seed", type=count, default=0, metavar="N", help="seed (default 0)")
+
+
+def add_campaign_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `campaign`."""
+    add = parser.add_argument
+    add("file", metavar="FILE.yaml", help="the replays (engine/campaign_file.py has the format), or the name of a campaign "
+        "that ships")  # fmt: skip
+    add("--traces", metavar="DIR", help="folder of the trace files that it names")
+    add("--output", metavar="DIR", help="one results directory a replay; what is there is not run again")
+    add("--only", metavar="PATTERN[,...]", help="replays, or replay/policy, by shell patterns, e.g. 'retrieval*,*/valora'")
+    add("--stop-after", type=positive, metavar="SECONDS", help="begin no cell that may end later, to go on in another call")
+    add("--dry-run", action="store_true", help="print the cells and how long each will take, by the profile; run nothing")
+    add("--overwrite", action="store_true", help="replace records of other options that --output holds")
+    add("--progress", choices=("auto", "off"), default="auto", help="progress on stderr (default: on a terminal)")
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,6 +56,7 @@ from traces.assign import make_adapters
 from traces.suggest import near
 from traces.whole_file import replace_text
 
+EXIT_TIME = 75
 POLICY_OF = {"atmm": "valora", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs"}
 """Operators, and a policy that runs each: the first is the one that everything but the rivals' branches is timed with."""
 HOSTS = ("slora", "valora", "dlora", "punica", "fcfs", "merged-only", "base", "cost-aware", "oracle")
@@ -66,7 +67,7 @@ SWITCH_MODELS = {"llava-1.5-7b": "llava-7b", "llava-1.5-13b": "llava-7b", "qwen2
 
 
 def profile(args: argparse.Namespace) -> int:
-    """The command. 0; 4 while rows are missing, after which the same command goes on."""
+    """The command. 0; 75 while rows are missing, after which the same command goes on."""
     parts = _chosen(args.parts, PARTS, "--parts")
     operators = _chosen(args.operators, tuple(POLICY_OF), "--operators")
     began = time.monotonic()
@@ -78,7 +79,7 @@ def profile(args: argparse.Namespace) -> int:
         data, steps = profile_of(run.rows, run.facts, run.provenance(), run.out)
     except UnfinishedError as error:
         print(f"{len(run.rows)} rows in {run.file.path}; {error}", file=sys.stderr)
-        return 4
+        return EXIT_TIME
     run.out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(run.out, json.dumps(data, indent=1) + "\n")
     for key, measured, predicted in steps:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +67,12 @@ def replay(args: argparse.Namespace) -> int:
         print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
     print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     results: list[RunResult] = []
-    session = Session(model, config, trace, profile, found, world, args.router)
+    served = Replay(config, trace, profile, found)
+    session = Session(model, world, args.router)
     with Signals() as signals:
         for policy in policies:
             with Progress(policy.name, len(trace), args.progress if first else "off") as progress:
-                result = session.measured(policy, args.warmup, progress, signals)
+                result = session.measured(served, policy, args.warmup, progress, signals)
             if result is not None:
                 results.append(result)
             if signals.asked:
@@ -87,26 +88,53 @@ def replay(args: argparse.Namespace) -> int:
     return 130 if signals.asked else 0
 
 
+@dataclass(frozen=True)
+class Replay:
+    """What is served, whatever the policy."""
+
+    config: EngineConfig
+    trace: Trace
+    profile: Profile
+    found: Adapters
+
+
 class Session:
-    """What the policies of one replay share: the model, the adapters' host copies, the trace."""
+    """A model and the engine built last, which goes on to serve the next replay where that needs one like it: its graphs
+    need not be captured again."""
 
-    def __init__(self, model: Model, config: EngineConfig, trace: Trace, profile: Profile, found: Adapters,
-                 world: parallel.World | None = None, router: str = "round-robin"):
+    def __init__(self, model: Model, world: parallel.World | None = None, router: str = "round-robin"):
         self._world, self._router = world, router
-        self.model, self.config, self.trace, self.profile, self.found = model, config, trace, profile, found
+        self.model = model
         self._decoder = Decoder(model)
+        self._engine: Engine | None = None
+        self._built_for: tuple = ()
 
-    def measured(self, policy: Policy, warmup: int, progress: Progress, signals: Signals) -> RunResult | None:
+    def measured(self, replay: Replay, policy: Policy, warmup: int, progress: Progress,
+                 signals: Signals) -> RunResult | None:
         """The record of one policy; None if a signal came before its clock started. ModelError where memory ran out."""
         try:
-            return self._run(policy, warmup, progress, signals)
+            return self._run(replay, policy, warmup, progress, signals)
         except torch.OutOfMemoryError:
             raise ModelError(f"policy {policy.name}: the memory does not hold the engine; lower --memory-share") from None
+        finally:
+            signals.driver = None  # it holds an engine
 
-    def _run(self, policy: Policy, warmup: int, progress: Progress, signals: Signals) -> RunResult | None:
-        model, config = self.model, self.config
-        trace = stripped(self.trace, policy)
-        engine = build(model, self._decoder, trace.adapters, self.found, policy, self.profile, config)
+    def serves(self, replay: Replay, policy: Policy) -> bool:
+        """True if no engine must be built for it."""
+        return self._engine is not None and self._built_for == self._needs(replay, policy)
+
+    @staticmethod
+    def _needs(replay: Replay, policy: Policy) -> tuple:
+        config = replace(replay.config, closed_loop=0, drain_s=None, pins=(), check_invariants=False)
+        return policy, config, replay.trace.adapters, replay.profile.sha256, id(replay.found)
+
+    def _run(self, replay: Replay, policy: Policy, warmup: int, progress: Progress, signals: Signals) -> RunResult | None:
+        model, config = self.model, replay.config
+        trace = stripped(replay.trace, policy)
+        engine = self._engine if self.serves(replay, policy) else None
+        self._engine = None  # nobody's until its run is over; and another one's memory is wanted
+        if engine is None:
+            engine = build(model, self._decoder, trace.adapters, replay.found, policy, replay.profile, config)
         seconds = warm_up(engine, policy, trace, config, warmup)
         print(f"{policy.name}: warmed up in {seconds:.1f} s, {_memory(engine)}", file=sys.stderr)
         if not getattr(policy, "strips_adapters", False):
@@ -129,13 +157,13 @@ class Session:
                 driver.watchers.append(arrivals.report)
             signals.driver, driver.stop = driver, signals.asked
             driver.run()
-        signals.driver = None
         if world is not None and (parts := parallel.together(world, driver, arrivals)) is None:
             return None
         settings = resolved(trace, policy, config, engine.cost, describe_model(model), describe_device(model.device))
-        settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in self.found.reasons.items()]
+        settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in replay.found.reasons.items()]
         result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes, parts=parts)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
+        self._engine, self._built_for = engine, self._needs(replay, policy)
         return result
 
 
@@ -241,10 +269,14 @@ def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
 
 
 def find_profile(path: str | None, model: Model) -> Profile:
+    """`profile_for` the name of a model that is loaded."""
+    return profile_for(path, model.source if model.source in MODELS else model.shape.name)
+
+
+def profile_for(path: str | None, name: str) -> Profile:
     """The profile of a file; else the model's measured one, else its analytic one. ProfileError where there is none."""
     if path is not None:
         return load_profile(path)
-    name = model.source if model.source in MODELS else model.shape.name
     for candidate in (f"h200-{name}.json", f"analytic-h200-{name}.json"):
         if (PROFILES / candidate).exists():
             return load_profile(PROFILES / candidate)

@@ -180,7 +180,7 @@ def test_the_command_makes_a_profile_that_the_simulator_takes(command, tmp_path,
     monkeypatch.setattr("engine.stage.POINT_S", 0.005)
     monkeypatch.setattr("engine.profile.HOSTS", ("slora", "valora", "base"))
     parts_but_switch = "linear,prefill,attention,vision,load,host,lora,check"
-    assert main([*command, "--parts", parts_but_switch]) == 4
+    assert main([*command, "--parts", parts_but_switch]) == 75
     assert "no row yet of switch" in capsys.readouterr().err
     before = (tmp_path / "tiny.json.rows.jsonl").read_bytes()
     assert main(command) == 0
