@@ -16,8 +16,16 @@ from traces.result_files import ResultError
 PAPER = Path(__file__).with_name("paper_operators.csv")
 ABOUT = ("what:", "device:", "date:", "versions:")
 """Lines of the provenance that a figure repeats."""
-NAMES = {"sglang": "SGLang", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs", "atmm": "valora"}
-"""Operators under the colour of the policy that uses them."""
+SYSTEMS = {
+    "valora": "atmm", "valora_atmm_fixed": "VaLoRA's release, repaired", "atmm-static": "atmm, one tiling", "vllm": "vLLM",
+    "sgl": "SGLang", "punica": "Punica", "slora": "S-LoRA", "dlora": "dLoRA", "torch": "PyTorch", "grouped": "PyTorch",
+    "loop": "PyTorch", "peft": "PEFT",
+}  # fmt: skip
+"""An operator's name, or what stands before its first _ -> whose it is. Of a system's operators the fastest at each point
+is drawn."""
+POLICIES = {"atmm": "valora", "dLoRA": "dlora", "S-LoRA": "slora", "Punica": "punica", "vLLM": "fcfs"}
+"""Systems in the colour of the policy that uses their operator; the others in those that are left."""
+FLOOR = "floor: bytes or flops"
 FIXED = {"rank": 64, "slices": 1, "d_in": 4096, "d_out": 4096, "skew": "uniform"}
 """Of several values in a file the one nearest to the paper's set-up is drawn."""
 
@@ -47,52 +55,75 @@ def read(path: str | Path) -> tuple[list[dict], str]:
 
 def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
     """One call's latency against tokens, a panel a phase and number of adapters, and the paper's. Writes
-    operators.{png,svg,csv} (panel, operator, tokens, us)."""
+    operators.{png,svg,csv} (panel, system, operator, tokens, us)."""
     tables = [read(path) for path in paths]
-    rows = [row for table, _ in tables for row in table]
-    shown = _narrowed(rows)
-    by_panel: dict[str, dict[str, dict[int, float]]] = {}
-    floors: dict[str, dict[int, float]] = {}
+    shown = _narrowed([row for table, _ in tables for row in table])
+    by_panel: dict[str, list[dict]] = {}
     for row in shown:
         about = [row.get("phase") or "", _plural(row["adapters"]) if row.get("adapters") else ""]
-        panel = ", ".join(part for part in about if part) or "measured"
-        by_panel.setdefault(panel, {}).setdefault(row["operator"], {})[row["tokens"]] = row["us"]
-        if row["floor_us"]:
-            floors.setdefault(panel, {})[row["tokens"]] = row["floor_us"]
-    paper, _ = read(PAPER)
-    about = "VaLoRA (EuroSys 2025), figure 17, A100-80GB, fp16"
-    titles = [*by_panel, "Paper, A100: 1 adapter"]
-    by_panel[titles[-1]] = {}
-    for row in paper:
-        by_panel[titles[-1]].setdefault(row["operator"], {})[row["tokens"]] = row["us"]
-    place = places(dict.fromkeys(NAMES.get(name, name) for lines in by_panel.values() for name in lines))
+        by_panel.setdefault(", ".join(part for part in about if part) or "measured", []).append(row)
+    by_panel["Paper, A100: 1 adapter"] = read(PAPER)[0]
+    place = places(dict.fromkeys(POLICIES.get(_system(row), _system(row)) for rows in by_panel.values() for row in rows))
     numbers = []
-    columns = min(3, len(titles))
-    count = -(-len(titles) // columns)
-    with sheet(1.0 + 3.4 * columns, 0.8 + 2.9 * count, count, columns, sharey="row") as (figure, grid):
-        for axes in grid.flat[len(titles) :]:
-            axes.set_visible(False)
-        for axes, title in zip(grid.flat, titles, strict=False):
-            for name, values in by_panel[title].items():
-                at = sorted(values)
-                look = line(place[NAMES.get(name, name)]) | {"markersize": 3.5}
-                axes.plot(at, [values[t] for t in at], label=name, **look)
-                numbers += [(title, name, t, values[t]) for t in at]
-            floor = sorted(floors.get(title, {}).items())
-            axes.plot(*zip(*floor, strict=True) if floor else ([], []), color="#999999", linewidth=2.5, zorder=0,
-                      label="floor: bytes or flops" if floor else None)  # fmt: skip
-            numbers += [(title, "floor", t, us) for t, us in floor]
-            axes.set(xscale="log", yscale="log", title=title, xlabel="Tokens")
-            plain_log(axes.xaxis)
-            plain_log(axes.yaxis)
-            axes.grid(**GRID)
+    columns = min(3, len(by_panel))
+    count = -(-len(by_panel) // columns)
+    with sheet(1.0 + 3.0 * columns, 0.8 + 2.9 * count, count, columns, sharey="row") as (figure, grid):
+        for axes, (title, rows) in zip(grid.flat, by_panel.items(), strict=False):
+            numbers += _draw(axes, title, rows, place)
         for row in grid:
             row[0].set_ylabel("One call (us)")
-        legend(figure, list(grid.flat), columns=5)
+        _explain(figure, grid, len(by_panel))
         setting = {key: shown[0][key] for key in FIXED if shown[0].get(key)}
         said = ", ".join(f"{key} {value}" for key, value in setting.items())
-        footer(figure, f"{said}; {'; '.join(text for _, text in tables if text)[:400]}; paper: {about}")
-        return save(figure, numbers, ("panel", "operator", "tokens", "us"), Path(directory) / "operators")
+        about = "VaLoRA (EuroSys 2025), figure 17, A100-80GB, fp16"
+        footer(figure, f"{said}; {'; '.join(dict.fromkeys(text for _, text in tables if text))[:600]}; paper: {about}")
+        return save(figure, numbers, ("panel", "system", "operator", "tokens", "us"), Path(directory) / "operators")
+
+
+def _system(row: dict) -> str:
+    name = row["operator"]
+    return SYSTEMS.get(name) or SYSTEMS.get(name.partition("_")[0], name)
+
+
+def _draw(axes, title: str, rows: Sequence[dict], place: dict[str, int]) -> list[tuple]:
+    """One panel: each system's fastest operator at each number of tokens, over the floor."""
+    fastest: dict[str, dict[int, dict]] = {}
+    floor: dict[int, float] = {}
+    for row in rows:
+        points = fastest.setdefault(_system(row), {})
+        if row["tokens"] not in points or row["us"] < points[row["tokens"]]["us"]:
+            points[row["tokens"]] = row
+        if row["floor_us"]:
+            floor[row["tokens"]] = row["floor_us"]
+    numbers = []
+    for system, points in fastest.items():
+        at = sorted(points)
+        look = line(place[POLICIES.get(system, system)]) | {"markersize": 3.5}
+        axes.plot(at, [points[t]["us"] for t in at], label=system, **look)
+        numbers += [(title, system, points[t]["operator"], t, points[t]["us"]) for t in at]
+    if floor:
+        axes.plot(*zip(*sorted(floor.items()), strict=True), color="#999999", linewidth=2.5, zorder=0, label=FLOOR)
+        numbers += [(title, "", "floor", t, us) for t, us in sorted(floor.items())]
+    axes.set(xscale="log", yscale="log", title=title, xlabel="Tokens")
+    plain_log(axes.xaxis)
+    plain_log(axes.yaxis)
+    axes.grid(**GRID)
+    return numbers
+
+
+def _explain(figure, grid, used: int) -> None:
+    """The legend where a panel is left free, else above all."""
+    free = list(grid.flat)[used:]
+    for axes in free:
+        axes.axis("off")
+    if not free:
+        legend(figure, list(grid.flat), columns=5)
+        return
+    found = {}
+    for axes in grid.flat:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    free[0].legend(list(found.values()), list(found), loc="center", frameon=False, fontsize=9)
 
 
 def _plural(adapters: str) -> str:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from traces.whole_file import replace_bytes
 
-# Okabe & Ito, "Color Universal Design" (2008); yellow stands last, it is faint on white.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+# Okabe & Ito, "Color Universal Design" (2008), without the yellow, faint on white; then two of P. Tol's muted ones, a brown.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#7B4B2A")
 DASHES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1.5, 1, 1.5, 1, 1.5)), (0, (10, 3)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", "h")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "+++", "---", "ooo")
 ORDER = ("valora", "dlora", "slora", "punica", "fcfs", "merged-only", "base", "oracle")
 """Policies that every figure draws in the same colour; others take the colours left over."""
@@ -137,13 +137,24 @@ def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) 
     for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
         image = io.BytesIO()
         figure.savefig(image, format=suffix[1:], dpi=160, metadata=metadata)
-        paths.append(replace_bytes(stem.with_suffix(suffix), image.getvalue()))
+        content = _of_few_colours(image) if suffix == ".png" else image.getvalue()
+        paths.append(replace_bytes(stem.with_suffix(suffix), content))
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(header)
     rows.writerows(tuple(format(x, ".10g") if isinstance(x, float) else x for x in row) for row in numbers)
     paths.append(replace_bytes(stem.with_suffix(".csv"), text.getvalue().encode()))
     return paths
+
+
+def _of_few_colours(image: io.BytesIO) -> bytes:
+    """A PNG with a palette of its own: a figure has few colours, and needs a third of the bytes so."""
+    from PIL import Image
+
+    small = io.BytesIO()
+    drawn = Image.open(image).convert("RGB").quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    drawn.save(small, format="PNG", optimize=True)
+    return small.getvalue()
 
 
 def _settle(figure) -> None:

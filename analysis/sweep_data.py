@@ -43,7 +43,7 @@ class Panel:
         """The fixed settings in words; model and workload where there is one panel."""
         if not self.fixed:
             return f"{self.settings['model']}, {self.settings['workload']}"
-        return ", ".join(spell(name, value) for name, value in self.fixed.items())
+        return ", ".join(spell(name, value).removesuffix(f"-{self.settings['model']}") for name, value in self.fixed.items())
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict]:
@@ -70,7 +70,9 @@ def spell(name: str, value: str) -> str:
         return f"{value} {units[name].replace('/', 's/') if name == 'rate' else units[name] + 's' * (value != '1')}"
     if name == "adapter-assign":
         return f"adapters {value}"
-    return f"{name} {Path(value).name if name in ('trace', 'profile') else value}"
+    if name == "profile":
+        return Path(value).name.removesuffix(".json")
+    return f"{name} {Path(value).name if name == 'trace' else value}"
 
 
 def number(value: str) -> float | None:

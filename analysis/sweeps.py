@@ -136,24 +136,29 @@ def _paper(panel: Panel) -> Panel | None:
 
 
 def _lines(found: Sequence[Panel], beside: Sequence[Panel | None], x: str, stem: Path) -> list[Path]:
-    """Panels of lines side by side, and under each the one `beside` it."""
+    """Panels of lines: those that have the same panel `beside` them (or none) in a column, with it at the foot."""
     if not found:
         raise ResultError("the sweeps have no row")
-    high = 2 if any(beside) else 1
+    columns = _columns(found, beside)
+    paper = any(beside)
+    high = max(len(column) for column in columns)
+    wide = min(3, len(columns))
+    rows = high * -(-len(columns) // wide)
     place = places(dict.fromkeys(series.label for panel in (*found, *filter(None, beside)) for series in panel.series))
-    columns = min(3, len(found))
-    rows = high * -(-len(found) // columns)
     numbers = []
-    with sheet(1.0 + 3.2 * columns if columns > 1 else 5.6, 0.9 + 2.7 * rows, rows, columns) as (figure, axes):
-        for i, panel in enumerate(found):
-            row, column = high * (i // columns), i % columns
-            title = f"Ours: {panel.title}" if high == 2 else panel.title
-            numbers += _draw(axes[row, column], panel, x, title, place, f"ours: {panel.title}")
-            if high == 2:
-                _draw_beside(axes[row + 1, column], beside[i], x, place, numbers)
-                axes[row + 1, column].set_xlim(axes[row, column].get_xlim())
-        for empty in axes[-high:, len(found) - columns * (rows // high - 1) :].flat:
+    with sheet(1.0 + 3.2 * wide if wide > 1 else 5.6, 0.9 + (2.7 if high < 3 else 2.3) * rows, rows, wide) as (figure, axes):
+        for empty in axes.flat:
             empty.set_visible(False)
+        for i, column in enumerate(columns):
+            for j, panel in enumerate(column):
+                cell = axes[high * (i // wide) + j, i % wide]
+                cell.set_visible(True)
+                if j < len(column) - paper:
+                    title = f"Ours: {panel.title}" if paper else panel.title
+                    numbers += _draw(cell, panel, x, title, place, f"ours: {panel.title}")
+                else:
+                    _draw_beside(cell, panel, x, place, numbers)
+                    cell.set_xlim(axes[high * (i // wide), i % wide].get_xlim())
         for row in axes:
             _share_y([one for one in row if one.get_visible()])
         for column in axes.T:
@@ -161,9 +166,20 @@ def _lines(found: Sequence[Panel], beside: Sequence[Panel | None], x: str, stem:
         legend(figure, list(axes.flat))
         seeds = {n for panel in found for series in panel.series for n in series.seeds}
         note = f"mean over {min(seeds)}{f' to {max(seeds)}' if len(seeds) > 1 else ''} seeds, bars: 95\u00a0% confidence"
-        paper = "paper: VaLoRA (EuroSys 2025), figure 14, A100-80GB; " if high == 2 else ""
-        footer(figure, f"{paper}{provenance(run for panel in found for run in panel.runs)}; {note}")
+        about = "paper: VaLoRA (EuroSys 2025), figure 14, A100-80GB; " if paper else ""
+        footer(figure, f"{about}{provenance(run for panel in found for run in panel.runs)}; {note}")
         return save(figure, numbers, HEADER, stem)
+
+
+def _columns(found: Sequence[Panel], beside: Sequence[Panel | None]) -> list[list[Panel | None]]:
+    """What stands above one another: a panel a column, or all panels of a model and workload over the paper's of them."""
+    if not any(beside):
+        return [[panel] for panel in found]
+    columns: dict[tuple, list[Panel | None]] = {}
+    for panel, paper in zip(found, beside, strict=True):
+        column = columns.setdefault((panel.settings["model"], panel.settings["workload"]), [paper])
+        column.insert(len(column) - 1, panel)
+    return list(columns.values())
 
 
 def _share_y(row: Sequence) -> None:

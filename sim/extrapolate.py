@@ -1,4 +1,4 @@
-"""`python -m sim extrapolate h200-llava-1.5-7b --to a100-80gb`: a profile for a GPU that nobody measured, from one that was.
+"""`python -m sim extrapolate h200-llava-1.5-7b --to a100-80gb`: a profile of a GPU that nobody measured, from another's.
 
 Every time is scaled by what bounds it, memory bandwidth or 16-bit matrix throughput, by the ratio of the two GPUs' data
 sheets. It says *extrapolated* wherever it is printed. Left out: what the other GPU's kernels do better or worse than the
@@ -38,7 +38,7 @@ SHEETS = {  # NVIDIA's data sheets of the SXM modules; without sparsity
 
 
 def extrapolated(data: dict, profile: Profile, source: DataSheet, target: DataSheet) -> dict:
-    """`data`, the parsed file of `profile`, which was measured on `source`, as it would be on `target`."""
+    """`data`, the parsed file of `profile`, which is of `source`, as it would be on `target`."""
     memory, compute = source.tb_per_s / target.tb_per_s, source.tflop_per_s / target.tflop_per_s
     params = profile.weights_bytes / 2
 
@@ -64,7 +64,7 @@ def extrapolated(data: dict, profile: Profile, source: DataSheet, target: DataSh
     scaled["provenance"] = {
         "device": f"{target.name} (extrapolated)",
         "made_by": f"python -m sim extrapolate {profile.name}",
-        "from": f"{profile.name}, sha256 {profile.sha256}, measured on {data['provenance'].get('device', '?')}",
+        "from": f"{profile.name}, sha256 {profile.sha256}, {profile.kind}, of {data['provenance'].get('device', '?')}",
         "scaled": f"what memory bounds by {memory:.4g}, what arithmetic bounds by {compute:.4g} (data sheets: "
         f"{source.tb_per_s:g} to {target.tb_per_s:g} TB/s, {source.tflop_per_s:g} to {target.tflop_per_s:g} TFLOP/s)",
     }
@@ -95,13 +95,13 @@ def _rounded(value):
 
 
 def sheet_of(profile: Profile) -> DataSheet:
-    """The data sheet of the GPU that a profile was measured on. ProfileError for one that is not known."""
+    """The data sheet of the GPU that a profile is of. ProfileError for one that is not known."""
     device = str(profile.provenance.get("device", ""))
     for sheet in SHEETS.values():
         if sheet.name.split()[1].lower() in device.lower():
             return sheet
     known = ", ".join(SHEETS)
-    raise ProfileError(f"profile {profile.name}: measured on {device!r}, whose data sheet is not known; known are {known}")
+    raise ProfileError(f"profile {profile.name}: is of {device!r}, whose data sheet is not known; known are {known}")
 
 
 def write(path: Path, data: dict) -> None:
@@ -122,9 +122,10 @@ def write(path: Path, data: dict) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = SuggestingParser("python -m sim extrapolate", description="Make a profile of a GPU that nobody measured.")
-    parser.add_argument("profile", metavar="NAME|FILE", help="a measured profile")
+    parser.add_argument("profile", metavar="NAME|FILE", help="a measured or an analytic profile")
     parser.add_argument("--to", default="a100-80gb", metavar="GPU", help=f"one of {', '.join(SHEETS)} (default a100-80gb)")
-    parser.add_argument("--out", metavar="FILE", help="where to (default: beside the shipped profiles, as GPU-MODEL.json)")
+    parser.add_argument("--out", metavar="FILE", help="where to (default: beside the shipped profiles, as GPU-MODEL.json; "
+                        "analytic-GPU-MODEL.json where it comes from an analytic one)")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         return run(args)
@@ -137,11 +138,12 @@ def run(args: argparse.Namespace) -> int:
     if args.to not in SHEETS:
         raise ValueError(f"--to {args.to!r}: unknown{near(args.to, SHEETS)}; one of {', '.join(SHEETS)}")
     profile = find_profile(args.profile, "")
-    if profile.kind != "measured":
-        raise ProfileError(f"profile {profile.name} is {profile.kind}; only a measured one can be extrapolated")
+    if profile.kind == "extrapolated":
+        raise ProfileError(f"profile {profile.name} is extrapolated itself; start from the one that it was made from")
     path = Path(args.profile) if args.profile.endswith(".json") else PROFILES / f"{args.profile}.json"
     data = json.loads(path.read_text(encoding="utf-8"))
-    out = Path(args.out) if args.out else PROFILES / f"{args.to}-{profile.model}.json"
+    prefix = "analytic-" if profile.kind == "analytic" else ""
+    out = Path(args.out) if args.out else PROFILES / f"{prefix}{args.to}-{profile.model}.json"
     write(out, extrapolated(data, profile, sheet_of(profile), SHEETS[args.to]))
     print(out)
     return 0

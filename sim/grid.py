@@ -88,6 +88,9 @@ def read_grid(path: str | Path, instead: dict[str, str] | None = None) -> Grid:
     except RecursionError:
         raise GridError(f"{path}: nested too deeply for a grid") from None
     grid = _Reader(str(path)).grid(root)
+    for name, options in grid.variants.items():
+        if both := sorted(set(options) & set(instead or {})):
+            raise GridError(f"{path}: variant {name!r} sets {both[0]}, so it cannot have one value for all runs")
     axes = {name: values for name, values in grid.axes.items() if name not in (instead or {})}
     return replace(grid, fixed=grid.fixed | (instead or {}), axes=axes)
 

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from policies.invariants import InvariantError
 from policies.plan import PlanError
-from sim.experiment import code_sha256, key_of, settings, summary, trace_file
+from sim.experiment import code_sha256, key_of, option_names, settings, summary, trace_file
 from sim.grid import Cell, read_grid
 from sim.parallel import Outcome, in_processes, on_ray
 from sim.sweep_table import METRICS, Table, check_metrics
 from traces.options import SuggestingParser, count
 from traces.result_log import ResultLog
+from traces.suggest import near
 
 SAY_EVERY_S = 10.0
 
@@ -34,6 +35,10 @@ def build_parser() -> SuggestingParser:
     add = parser.add_argument
     add("grid", metavar="GRID.yaml", help="options of `python -m sim` without their dashes; lists are crossed")
     add("--trace", metavar="FILE", help="replay this trace, whatever the grid says")
+    add(
+        "--set", action="append", default=[], metavar="OPTION=VALUE",
+        help="one value for an option, whatever the grid says, e.g. profile=h200 or model=llava-1.5-7b; may be repeated",
+    )  # fmt: skip
     add("--output", metavar="FILE.jsonl", help="log of results, gone on with where it is there (default: GRID.jsonl)")
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     add("--ray", metavar="ADDRESS",
@@ -99,9 +104,23 @@ class Progress:
             self._bar.close()
 
 
+def instead(args: argparse.Namespace) -> dict[str, str]:
+    """Option -> the one value that --trace and --set give it. Raises ValueError."""
+    found = {"trace": args.trace} if args.trace else {}
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        name = name.strip().replace("_", "-")
+        if not equals:
+            raise ValueError(f"--set {pair!r}: write OPTION=VALUE, as in --set profile=h200")
+        if name not in option_names():
+            raise ValueError(f"--set {pair!r}: unknown option {name!r}{near(name, option_names())}")
+        found[name] = value.strip()
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """The whole of it; the exit code. Raises ValueError or OSError for bad input."""
-    grid = read_grid(args.grid, {"trace": args.trace} if args.trace else {})
+    grid = read_grid(args.grid, instead(args))
     metrics = check_metrics(args.metrics)
     path = Path(args.output) if args.output else Path(args.grid).with_suffix(".jsonl")
     if path.resolve() == Path(args.grid).resolve() or path.suffix == ".csv":

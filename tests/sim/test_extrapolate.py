@@ -82,11 +82,23 @@ def test_unknown_gpus_are_answered(measured, words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_only_a_measured_profile_is_extrapolated(capsys):
+def test_what_is_extrapolated_is_not_extrapolated_again(measured, tmp_path, capsys):
+    out, again = tmp_path / "a100.json", tmp_path / "again.json"
+    main(["extrapolate", str(measured), "--out", str(out)])
     with pytest.raises(SystemExit):
-        main(["extrapolate", "analytic-h200-llava-1.5-7b", "--out", "nowhere.json"])
-    assert "is analytic; only a measured one" in capsys.readouterr().err
-    assert not Path("nowhere.json").exists()
+        main(["extrapolate", str(out), "--to", "h100", "--out", str(again)])
+    assert "is extrapolated itself; start from" in capsys.readouterr().err
+    assert not again.exists()
+
+
+def test_an_analytic_profile_is_extrapolated_and_says_where_it_comes_from(tmp_path):
+    out = tmp_path / "a100.json"
+    assert main(["extrapolate", "analytic-h200-llava-1.5-7b", "--out", str(out)]) == 0
+    before, after = find_profile("analytic-h200", "llava-1.5-7b"), load_profile(out)
+    assert "analytic-h200-llava-1.5-7b" in after.provenance["from"]
+    assert ", analytic, of " in after.provenance["from"]
+    ratio = Cost(after, "slora", "fused", ()).linear_ps(1) / Cost(before, "slora", "fused", ()).linear_ps(1)
+    assert ratio == pytest.approx(4.8 / 2.039, rel=0.01), "one token reads all weights: memory bounds it"
 
 
 def test_the_ends_of_the_scatter(tiny_profile):

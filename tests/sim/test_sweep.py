@@ -164,6 +164,28 @@ def test_without_ray_a_cluster_is_refused_in_words(grid, capsys, monkeypatch):
     assert "pip install 'valora[ray]'" in capsys.readouterr().err
 
 
+def test_set_gives_an_option_one_value(grid, tmp_path, capsys):
+    assert run(grid(), "--set", "rate=8", "--set", "seed=0", "--set", "max_batch=8") == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        ["policy", "seeds"], ["valora", "1"], ["slora", "1"]]  # fmt: skip
+    settings = [row["settings"] for row in read_log(tmp_path / "grid.jsonl")]
+    assert {(s["rate"], s["seed"], s["max-batch"]) for s in settings} == {(8.0, 0, 8)}
+
+
+@pytest.mark.parametrize(("pair", "message"), [
+    ("rate", "--set 'rate': write OPTION=VALUE"),
+    ("ratee=4", "unknown option 'ratee' (did you mean 'rate'?)"),
+    ("rate=fast", "--rate: 'fast' is not a number"),
+    ("operator=slora", "variant 'static' sets operator, so it cannot have one value"),
+    ("profile=h2000", "unknown profile 'h2000'"),
+])  # fmt: skip
+def test_a_wrong_set_says_why(grid, pair, message, capsys):
+    with pytest.raises(SystemExit) as code:
+        run(grid("seed: [0, 1]\nvariants:\n- {name: static, operator: punica}\n"), "--set", pair)
+    assert code.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_unknown_metrics_are_refused(grid, capsys):
     with pytest.raises(SystemExit):
         run(grid(), "--metrics", "p99_tft_ms")
