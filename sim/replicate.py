@@ -1,4 +1,5 @@
-"""`python -m sim replicate ENGINE_DIR --output DIR`: simulate what an engine replayed, from the engine's own record.
+"""`python -m sim replicate ENGINE_DIR`: simulate what an engine replayed, from the engine's own record; of one replay, or of
+all in the folder of a campaign, of which only those that have no partner yet, or not of this record and profile.
 
 Trace, window, rate, adapters, policy and its parameters, limits and the number of pages are those of the record; the trace
 is read again and must be the one that the engine served, request by request. Beside each simulated run lies what the profile
@@ -9,6 +10,7 @@ simulates the engine's way of folding adapters, one launch, whatever way the pol
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -28,9 +30,16 @@ from sim.latency import FOREVER_PS, run
 from traces.details import DETAIL_COLUMNS
 from traces.options import SAMPLE, SuggestingParser, add_trace_arguments, load_trace, with_slo
 from traces.publish import publish
-from traces.record import PLACES, RunResult
+from traces.record import PLACES, RunResult, summarize
 from traces.request import Trace, TraceError
-from traces.result_files import ResultError, check_target, read_results, read_summary
+from traces.result_files import (
+    ResultError,
+    check_target,
+    read_results,
+    read_summary,
+    results_below,
+    write_results,
+)
 
 PS_PER_NS = 1000
 ENGINE_SWITCH = "fused"
@@ -164,11 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
     parser = SuggestingParser("python -m sim replicate", description="Simulate what an engine replayed, from its record.")
     add = parser.add_argument
-    add("engine", metavar="ENGINE_DIR", help="a directory of `python -m engine replay --output`")
-    add("--output", required=True, metavar="DIR", help="where the simulated results go")
+    add("engine", metavar="ENGINE_DIR", help="what `python -m engine replay` or `campaign` wrote with --output")
+    add("--output", metavar="DIR", help="where the simulated results go (default: ENGINE_DIR-sim)")
     add("--overwrite", action="store_true", help="replace results that --output finds there")
     add("--profile", metavar="NAME|FILE", help="latency profile (default: the measured one of the model if there is one)")
-    add("--trace", metavar="FILE", help="the trace, where it does not lie any more where the engine read it")
+    add("--trace", metavar="FILE|DIR", help="the trace, or the folder of all, where it is not where the engine read it")
     add("--no-error-bars", action="store_true", help="do not replay at the ends of the profile's scatter (faster)")
     args = parser.parse_args(arguments)
     try:
@@ -179,17 +188,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def replicate(args: argparse.Namespace) -> int:
     """Everything between the command line and the exit code."""
-    check_target(args.output, args.overwrite)
-    document = read_summary(args.engine)
-    results = []
-    for record in read_results(args.engine):
-        profile = find_profile(args.profile, record.config["model"])
-        goodput = document["policies"][record.policy]["summary"].get("goodput_slo_ms") or {}
-        results.append(replicated(record, profile, args.trace, goodput, error_bars=not args.no_error_bars))
-        print(f"{record.policy}: {len(results[-1].requests['id'])} requests simulated", file=sys.stderr)
-    publish(results, document["adapters"], goodput, output=args.output, overwrite=args.overwrite, with_adapters=False)
-    print(f"wrote {Path(args.output)}", file=sys.stderr)
+    folders = results_below(args.engine)
+    output = Path(args.output or f"{str(args.engine).rstrip('/')}-sim")
+    if folders == [Path(args.engine)]:
+        check_target(output, args.overwrite)
+        results, document = simulated(folders[0], args)
+        goodput = _goodput(document, results[-1].policy)
+        publish(results, document["adapters"], goodput, output=str(output), overwrite=args.overwrite, with_adapters=False)
+        print(f"wrote {output}", file=sys.stderr)
+        return 0
+    for folder in folders:
+        target = output / folder.name
+        if _there(folder, target, args):
+            print(f"{target}: is there", file=sys.stderr)
+            continue
+        if not (args.overwrite or _ours(target)):
+            check_target(target)
+        results, document = simulated(folder, args)
+        summaries = {run.policy: summarize(run, _goodput(document, run.policy)) for run in results}
+        write_results(target, results, summaries, document["adapters"], overwrite=True)
+        print(f"wrote {target}", file=sys.stderr)
     return 0
+
+
+def simulated(folder: Path, args: argparse.Namespace) -> tuple[list[RunResult], dict]:
+    """The simulations of all policies of one replay, and the engine's summary."""
+    document, results = read_summary(folder), []
+    for record in read_results(folder):
+        profile = find_profile(args.profile, record.config["model"])
+        trace = args.trace
+        if trace and Path(trace).is_dir():
+            own = Path(trace) / Path(record.config["trace"]["settings"]["trace"]).name
+            trace = str(own) if own.exists() else None
+        goodput = _goodput(document, record.policy)
+        results.append(replicated(record, profile, trace, goodput, error_bars=not args.no_error_bars))
+        results[-1].config["replicates"] = _mark(folder, profile)
+        print(f"{folder.name}, {record.policy}: {len(record.requests['id'])} requests simulated", file=sys.stderr)
+    return results, document
+
+
+def _goodput(document: Mapping, policy: str) -> dict[str, float]:
+    return document["policies"][policy]["summary"].get("goodput_slo_ms") or {}
+
+
+def _mark(folder: Path, profile: Profile) -> dict[str, str]:
+    """What a simulation is of: the engine's summary, and the profile."""
+    summary = hashlib.sha256((folder / "summary.json").read_bytes()).hexdigest()
+    return {"summary_sha256": summary, "profile_sha256": profile.sha256}
+
+
+def _ours(target: Path) -> bool:
+    return (target / "summary.json").exists() and all(
+        "replicates" in entry["config"] for entry in read_summary(target)["policies"].values()
+    )
+
+
+def _there(folder: Path, target: Path, args: argparse.Namespace) -> bool:
+    """True if `target` holds the simulations of just this record by the profile that would be used now."""
+    if args.overwrite or not _ours(target):
+        return False
+    wanted, found = read_summary(folder)["policies"], read_summary(target)["policies"]
+    if wanted.keys() != found.keys():
+        return False
+    marks = {name: _mark(folder, find_profile(args.profile, entry["config"]["model"])) for name, entry in wanted.items()}
+    return all(found[name]["config"]["replicates"] == mark for name, mark in marks.items())
 
 
 if __name__ == "__main__":

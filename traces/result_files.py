@@ -177,6 +177,17 @@ def _finite(value):
     return value
 
 
+def results_below(directory: str | Path) -> list[Path]:
+    """`directory` itself if it holds results, else the folders in it that do, by name. ResultError where there are none."""
+    root = Path(directory)
+    if (root / "summary.json").exists() or not root.is_dir():
+        return [root]
+    found = sorted(path.parent for path in root.glob("*/summary.json") if not path.parent.name.startswith("."))
+    if not found:
+        raise ResultError(f"{directory}: holds no results, nor does a folder in it; name a directory that --output wrote")
+    return found
+
+
 def read_summary(directory: str | Path) -> dict:
     """summary.json of a results directory, as written. ResultError where there is none, or not one of ours."""
     path = Path(directory) / "summary.json"
