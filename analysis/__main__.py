@@ -16,6 +16,7 @@ from analysis.draw import FIGURES as DRAWN
 from analysis.draw import check_names, draw
 from traces.result_files import FIGURES, ResultError
 from traces.suggest import SuggestingParser
+from traces.whole_file import replace_text
 
 INPUTS = "directories that --output wrote, FILE.jsonl of a sweep, FILE.json of a search for capacity, FILE.csv of operators"
 
@@ -38,10 +39,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--output", required=True, metavar="FILE.html", help="the page; replaced where it is there")
     report.add_argument("--title", help="the question it answers (default: made from the inputs)")
     validate = commands.add_parser("validate", help="hold the simulator against engine replays of the same traces")
-    validate.add_argument("engines", nargs="+", metavar="ENGINE_DIR", help="a directory that engine replay --output wrote")
+    validate.add_argument("engines", nargs="+", metavar="ENGINE_DIR", help="what engine replay or campaign wrote")
     validate.add_argument("--sim", nargs="+", default=[], metavar="DIR",
                           help="where python -m sim replicate wrote (default: ENGINE_DIR-sim)")  # fmt: skip
-    validate.add_argument("--out", metavar="DIR", help="draw both distributions of every latency there")
+    validate.add_argument("--each", action="store_true", help="of many replays, print each with its steps by kind as well")
+    validate.add_argument("--out", metavar="DIR", help="write the tables there, as CSV and Markdown, and draw both "
+                          "distributions of every latency")  # fmt: skip
     return parser
 
 
@@ -76,18 +79,31 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def validate(args: argparse.Namespace) -> None:
-    """Tables to stdout, one figure a replay into --out. Raises ResultError."""
-    from analysis.validate import pairs, report
+    """Tables to stdout; files, and one figure a replay, into --out. Raises ResultError."""
+    from analysis import validate_paper, validate_table
+    from analysis.validate import pairs, report, verdict
 
     found = pairs(list(dict.fromkeys(args.engines)), args.sim)
-    print(report(found), end="")
+    places = list(dict.fromkeys(pair.place for pair in found))
+    rows = validate_table.rows_of(found)
+    if len(places) == 1 or args.each:
+        print(report(found), end="")
+    if len(places) > 1:
+        print("\n".join([validate_table.text(rows), validate_paper.text(found), *verdict(found)]))
     if args.out:
         from analysis.validate_figure import draw as draw_pairs
 
-        for place in dict.fromkeys(pair.place for pair in found):
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        said = "\n".join([validate_table.markdown(rows), validate_paper.markdown(found), *verdict(found)])
+        written = [replace_text(folder / "validate.csv", validate_table.as_csv(rows)),
+                   replace_text(folder / "policies.csv", validate_paper.as_csv(found)),
+                   replace_text(folder / "validate.md", said + "\n")]  # fmt: skip
+        say({"tables": written})
+        for place in places:
             group = [pair for pair in found if pair.place == place]
             name = Path(place).name.replace(".", "_")  # what follows a dot is taken for the kind of file
-            say({place: draw_pairs(group, Path(args.out) / f"validate-{name}")})
+            say({place: draw_pairs(group, folder / f"validate-{name}")})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

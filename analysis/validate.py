@@ -1,8 +1,9 @@
 """`python -m analysis validate ENGINE_DIR...`: the simulator held against engine replays of the same traces and policies.
 
-Prints, for each replay and policy, the signed errors of latencies and throughput, the order of the policies in both, the
-errors of single steps by kind, and from which kinds of steps the error comes; draws both distributions. It reads results
-only: the simulated partner is made by `python -m sim replicate`, and where it is missing, that command is printed.
+For each replay and policy: the signed errors of latencies and throughput, the order of the policies in both, the errors of
+single steps by kind, and from which kinds of steps the error comes (`report`); of many replays, one table
+(`validate_table`). It reads results only: the simulated partner is made by `python -m sim replicate`, and where it is
+missing, that command is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 from analysis.step_errors import StepError, load_of, step_errors
 from traces.record import RunResult, summarize
-from traces.result_files import ResultError, read_results
+from traces.result_files import ResultError, read_results, results_below
 from traces.result_tables import TIE
 
 STATISTICS = ("mean", "median", "p90", "p99")
@@ -29,35 +30,40 @@ STEP_TARGET = (2.0, 6.0)
 
 
 class Pair(NamedTuple):
-    """An engine's run and its simulation. place: the directory of the engine's results."""
+    """An engine's run and its simulation. place: the directory of the engine's results. replay: its name among others."""
 
     place: str
     engine: RunResult
     simulated: RunResult
+    replay: str
 
 
 def pairs(engines: Sequence[str], simulations: Sequence[str]) -> list[Pair]:
-    """Each engine's run with its partner: among `simulations` where those are given, else in ENGINE_DIR-sim.
+    """Each engine's run with its partner: in `simulations`, one for each of `engines`, or else in ENGINE_DIR-sim. A
+    directory may hold one replay or, as a campaign's, one in each folder; then so does its partner.
 
     ResultError, with the commands that make them, where partners are missing.
     """
+    if simulations and len(simulations) != len(engines):
+        raise ResultError(f"--sim names {len(simulations)} directories for {len(engines)}; name one for each, or none")
     found, missing = [], []
-    others = [(place, run) for place in simulations for run in read_results(place)]
-    for place in engines:
-        runs = read_results(place)
-        partner = f"{place.rstrip('/')}-sim"
-        own = others or [(partner, run) for run in (read_results(partner) if Path(partner).is_dir() else [])]
-        for run in runs:
-            if "engine" not in run.config:
-                raise ResultError(f"{place}: is no engine's result; name directories of python -m engine replay --output")
-            match = next((other for _, other in own if _same(run, other)), None)
-            if match is None:
-                missing.append((place, partner))
-            else:
-                found.append(Pair(place, run, match))
+    for engine, partner in zip(engines, simulations or [f"{place.rstrip('/')}-sim" for place in engines], strict=True):
+        for place in results_below(engine):
+            other = Path(partner) if place == Path(engine) else Path(partner) / place.name
+            own = read_results(other) if (other / "summary.json").exists() else []
+            for run in read_results(place):
+                if "engine" not in run.config:
+                    raise ResultError(f"{place}: is no engine's result; name what engine replay or campaign wrote")
+                match = next((candidate for candidate in own if _same(run, candidate)), None)
+                if match is None:
+                    missing.append((engine, partner, place == Path(engine)))
+                else:
+                    found.append(Pair(str(place), run, match, place.name))
     if missing:
-        commands = [shlex.join(["python", "-m", "sim", "replicate", place, "--output", out, "--overwrite"])
-                    for place, out in dict.fromkeys(missing)]  # fmt: skip
+        commands = [
+            shlex.join(["python", "-m", "sim", "replicate", place, "--output", out, *(["--overwrite"] if alone else [])])
+            for place, out, alone in dict.fromkeys(missing)
+        ]
         raise ResultError("replays without a simulated partner; make them with\n  " + "\n  ".join(commands))
     return found
 
@@ -109,7 +115,7 @@ def report(found: Sequence[Pair]) -> str:
     lines = []
     for place, group in itertools.groupby(found, key=lambda pair: pair.place):
         lines += [*_replay(place, list(group)), ""]
-    return "\n".join([*lines, *_verdict(found)]) + "\n"
+    return "\n".join([*lines, *verdict(found)]) + "\n"
 
 
 def _replay(place: str, group: list[Pair]) -> list[str]:
@@ -131,7 +137,7 @@ def _replay(place: str, group: list[Pair]) -> list[str]:
     for pair in group:
         cells = [_signed(value, target_of(name)) for name, value in errors(pair).items()]
         table.append([pair.engine.policy, f"{load_of(pair.engine):.2f}", *cells])
-    lines += _aligned(table)
+    lines += aligned(table)
     ours, theirs = (order({pair.engine.policy: getattr(pair, side) for pair in group}) for side in ("simulated", "engine"))
     if len(group) > 1:
         lines += ["", f"order    engine: {' < '.join(theirs)}; simulator: {' < '.join(ours)}"]
@@ -153,10 +159,11 @@ def _steps(policy: str, found: Sequence[StepError]) -> list[str]:
         share = 100 * (row.modelled_ms - row.measured_ms) / total if total else 0.0
         table.append([row.kind, f"{row.steps:,}", f"{row.measured_ms:.1f}", f"{row.modelled_ms:.1f}", f"{row.median:.2f}",
                       f"{row.p95:.2f}", f"{row.mean:+.2f}", f"{share:+.2f}"])  # fmt: skip
-    return _aligned(table)
+    return aligned(table)
 
 
-def _aligned(table: list[list[str]]) -> list[str]:
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first column is flush left."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
     for first, *others in table:
@@ -165,7 +172,7 @@ def _aligned(table: list[list[str]]) -> list[str]:
     return lines
 
 
-def _verdict(found: Sequence[Pair]) -> list[str]:
+def verdict(found: Sequence[Pair]) -> list[str]:
     """One sentence for each target: what was reached, in how many cases, and where it was missed the most."""
     lines = []
     for title, names in (("means and medians", [m for m in METRICS if target_of(m) == TARGET["mean"]]),
@@ -173,7 +180,7 @@ def _verdict(found: Sequence[Pair]) -> list[str]:
         cases = []
         for pair in found:
             own = {name: value for name, value in errors(pair).items() if name in names and value is not None}
-            cases += [(abs(value), f"{name} of {pair.engine.policy} in {pair.place}") for name, value in own.items()]
+            cases += [(abs(value), f"{name} of {pair.engine.policy} in {pair.replay}") for name, value in own.items()]
         if cases:
             target = target_of(names[0])
             good = sum(value <= target for value, _ in cases)
