@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import page
+from analysis import claims, page
 from analysis.compare import summaries
 from analysis.draw import FIGURES, Inputs, draw, possible
 from analysis.routers import read as read_capacity
@@ -71,7 +71,7 @@ def _verdicts(inputs: Inputs, found: dict[str, dict]) -> list[str]:
     """One sentence a kind of input, the most direct answer first."""
     sentences = [verdict(found)] if found else []
     if inputs.sweeps:
-        sentences += _sweep_verdicts(inputs.rows)
+        sentences += [*_sweep_verdicts(inputs.rows), *claims.sentences(claims.beside(inputs.rows))]
     for path in inputs.capacities:
         sentences += _capacity_verdicts(read_capacity(path))
     return sentences or [f"{len(inputs.operators)} tables of operators; the figure compares them."]
@@ -162,6 +162,8 @@ def _tables(inputs: Inputs, found: dict[str, dict]) -> list[str]:
     parts = []
     if found:
         parts += [page.heading("The policies side by side"), _policy_table(found)]
+    if inputs.sweeps and (pairs := claims.beside(inputs.rows)):
+        parts += [page.heading("Beside the paper's figure 14"), page.table(claims.HEADER, claims.table(pairs))]
     for path in inputs.capacities:
         document = read_capacity(path)
         rows = [

@@ -45,7 +45,7 @@ def rate(rows: Sequence[dict], directory: str | Path) -> list[Path]:
     """Average token latency against request rate per policy, a panel a model and workload; the paper's below where it has
     them. Writes rate.{png,svg,csv}."""
     found = panels(rows, "rate", METRIC)
-    beside = [_paper(panel) for panel in found]
+    beside = [paper_panel(panel) for panel in found]
     return _lines(found, beside, "rate", Path(directory) / "rate")
 
 
@@ -117,7 +117,7 @@ def _paired(rows: Sequence[dict], first: str, found: Sequence[Panel]) -> list[di
     return answers
 
 
-def _paper(panel: Panel) -> Panel | None:
+def paper_panel(panel: Panel) -> Panel | None:
     """The paper's panel beside one of ours; None where the paper has none."""
     model, workload = panel.settings["model"], panel.settings["workload"]
     with PAPER.open(encoding="utf-8", newline="") as file:

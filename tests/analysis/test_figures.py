@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from analysis import claims
 from analysis.__main__ import main
 from analysis.draw import FIGURES, draw
 from analysis.sweep_data import number, panels, read_rows
@@ -166,6 +167,32 @@ def test_routers_say_why_they_fail(capacity, tmp_path):
         draw([capacity], tmp_path, ["routers"])
 
 
+def test_profiles_stand_above_one_another_and_the_paper_at_the_foot(sweep, tmp_path):
+    path = sweep({"rate": [2.0, 4.0], "profile": ["h200-llava-1.5-7b", "elsewhere/a100-80gb-llava-1.5-7b.json"]})
+    words, rows = drawn([path], tmp_path, "rate")
+    for text in ("Ours: h200", "Ours: a100-80gb", "Paper, A100: llava-1.5-7b, retrieval"):
+        assert text in words
+    panels = dict.fromkeys(row["panel"] for row in rows)
+    assert list(panels) == ["ours: h200", "ours: a100-80gb", "paper: llava-1.5-7b, retrieval"]
+
+
+def test_claims_are_held_against_the_paper(sweep):
+    """In the made-up sweep slora takes twice valora's time; in the paper as long at 2 requests/s, twice as long at 4."""
+    rows = read_rows([sweep({"rate": [2.0, 4.0, 5.0]})])
+    pairs = claims.beside(rows)
+    assert list(pairs[0].ours["valora"]) == ["2", "4"], "the paper has no 5 requests/s"
+    assert claims.table(pairs) == [("slora", "llava-1.5-7b, retrieval", "0 to 50 %", "49 to 49 %", "analytic-h200")]
+    said = claims.sentences(pairs)
+    assert "holds at 2 of 2 points. There it lies 0 to 50 % (median 25 %) below its rivals, here 49 to 49 %" in said[0]
+    assert len(said) == 1, "one rival has no order"
+
+
+def test_without_rates_or_the_papers_model_no_claim_is_judged(sweep):
+    assert claims.beside(read_rows([sweep({"adapters": [1, 16]})])) == []
+    other = read_rows([sweep({"rate": [2.0, 4.0], "model": ["another"]}, name="other.jsonl")])
+    assert claims.sentences(claims.beside(other)) == []
+
+
 def test_operators_against_tokens(tmp_path):
     """Of many ranks, widths and skews the paper's set-up is drawn; of the numbers of adapters the fewest and about 16."""
     path = tmp_path / "operators.csv"
@@ -183,8 +210,19 @@ def test_operators_against_tokens(tmp_path):
         assert text in words
     at = {(row["panel"], row["operator"], row["tokens"]): float(row["us"]) for row in rows}
     assert at["decode, 16 adapters", "slora", "64"] == 1 + 64 + 16 + 64
+    assert {row["system"] for row in rows if row["operator"] == "slora"} == {"S-LoRA"}
     assert len(at) == 2 * 2 * 2 + 32
     assert at["Paper, A100: 1 adapter", "valora", "8192"] == 125.3
+
+
+def test_of_a_systems_operators_the_fastest_is_drawn(tmp_path):
+    path = tmp_path / "operators.csv"
+    path.write_text("# device: a test\noperator,tokens,us\nsgl_triton,1,5\nsgl_csgmv,1,4\nsgl_triton,64,6\nsgl_csgmv,64,9\n"
+                    "unheard_of,1,3\n")  # fmt: skip
+    _, rows = drawn([path], tmp_path, "operators")
+    ours = [(row["system"], row["operator"], row["tokens"], row["us"]) for row in rows if row["panel"] == "measured"]
+    new = "unheard_of"
+    assert ours == [("SGLang", "sgl_csgmv", "1", "4"), ("SGLang", "sgl_triton", "64", "6"), (new, new, "1", "3")]
 
 
 def test_a_damaged_table_of_operators_names_its_line(tmp_path):
