@@ -57,13 +57,13 @@ def table(pairs: Sequence[Beside]) -> list[tuple[str, ...]]:
     """Rows under HEADER: ranges over the rates."""
     rows = []
     for panel, ours, paper in pairs:
-        profile = panel.runs[0]["profile"] or "-"
+        profile = (panel.runs[0]["profile"] or "-").removesuffix(f"-{panel.settings['model']}")
         where = f"{panel.settings['model']}, {panel.settings['workload']}"
         rows += [
             (rival, where, _range(below_percent(paper, rival)), _range(below_percent(ours, rival)), profile)
             for rival in ours if rival != OWN
         ]  # fmt: skip
-    return sorted(rows)
+    return sorted(rows, key=lambda row: (row[0], row[1], row[4]))
 
 
 def _range(percents: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from analysis import claims, page
 from analysis.compare import summaries
 from analysis.draw import FIGURES, Inputs, draw, possible
 from analysis.routers import read as read_capacity
+from analysis.style import KINDS
 from analysis.sweep_data import panels, text, varying
 from traces.replication import mean_ci95
 from traces.result_files import ResultError, read_summary
@@ -132,7 +133,9 @@ def _set_up(inputs: Inputs, found: dict[str, dict]) -> dict[str, str]:
     pairs = {
         "Trace": _listed(Path(run["trace"]).name if run["trace"] else None for run in runs),
         "Model": _listed(run["model"] for run in runs),
-        "Latency profile": _listed(f"{run['profile']} ({_kind(run['profile_kind'])})" for run in runs if run["profile"]),
+        "Latency profile": _listed(
+            f"{run['profile']} ({KINDS.get(run['profile_kind'], 'of unknown kind')})" for run in runs if run["profile"]
+        ),
         "Policies": _listed(found),
         "Requests": _listed(f"{summary['requests']:,}" for summary in found.values()),
         "GPUs": _listed(str(summary["gpus"]) for summary in found.values()),
@@ -141,7 +144,10 @@ def _set_up(inputs: Inputs, found: dict[str, dict]) -> dict[str, str]:
     }
     if inputs.sweeps:
         seeds = {row["settings"]["seed"] for row in inputs.rows}
-        changing = {name: ", ".join(values) for name, values in varying(inputs.rows).items()}
+        changing = {
+            name: _listed(Path(value).name if name in ("trace", "profile") else value for value in values)
+            for name, values in varying(inputs.rows).items()
+        }
         pairs |= {f"Swept: {name}": values for name, values in changing.items()}
         pairs |= {"Runs": f"{len(inputs.rows):,}", "Seeds": f"{len(seeds)}"}
     for path in inputs.capacities:
@@ -152,10 +158,6 @@ def _set_up(inputs: Inputs, found: dict[str, dict]) -> dict[str, str]:
 
 def _listed(values) -> str:
     return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
-
-
-def _kind(kind: str | None) -> str:
-    return {"analytic": "analytic, not measured", "measured": "measured"}.get(kind, "of unknown kind")
 
 
 def _tables(inputs: Inputs, found: dict[str, dict]) -> list[str]:
@@ -248,7 +250,7 @@ def _provenance(inputs: Inputs, found: dict[str, dict]) -> dict[str, str]:
         "Trace sha256": _listed(run["trace_sha256"] for run in runs if run["trace_sha256"]),
         "Profile sha256": _listed(run["profile_sha256"] for run in runs if run["profile_sha256"]),
         "Program sha256": _listed(row["code"] for row in (inputs.rows if inputs.sweeps else ())),
-        "Seeds": _listed(run["seed"] for run in runs),
+        "Seeds": _listed(sorted({run["seed"] for run in runs if run["seed"] is not None})),
     }  # fmt: skip
     return {name: value for name, value in pairs.items() if value}
 

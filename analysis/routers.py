@@ -63,7 +63,7 @@ def routers(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
             f"{d['settings']['model']}, {d['settings']['workload']}, profile {d['profile']['name']} ({d['profile']['kind']})"
             for d in documents
         )
-        footer(figure, "; ".join(said))
+        footer(figure, "; ".join((*said, "beside a bar: times its policy's first, and what breaks at the next higher rate")))
         header = ("policy", "router", "gpus", "rate_holds", "rate_fails", "times_first", "why_it_fails")
         return save(figure, numbers, header, Path(directory) / "routers")
 

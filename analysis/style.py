@@ -39,6 +39,12 @@ STYLE = {
     "svg.hashsalt": "results",  # ids in the SVG do not change from run to run
     "svg.fonttype": "none",
 }
+KINDS = {
+    "analytic": "analytic, not measured",
+    "extrapolated": "extrapolated, not measured on this GPU",
+    "measured": "measured",
+}
+"""What is said of a profile's kind."""
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
 
 
@@ -102,9 +108,7 @@ def provenance(runs: Iterable[Mapping]) -> str:
     """Trace, model and profile of summaries' `run`, and whether the profile was measured."""
     facts = []
     for run in runs:
-        kinds = {"analytic": "analytic, not measured", "measured": "measured",
-                 "extrapolated": "extrapolated, not measured on this GPU"}  # fmt: skip
-        kind = kinds.get(run["profile_kind"], "unknown")
+        kind = KINDS.get(run["profile_kind"], "of unknown kind")
         trace = Path(run["trace"] or "-").name
         facts.append(f"{trace}, {run['model'] or '-'}, profile {run['profile'] or '-'} ({kind})")
     return "; ".join(dict.fromkeys(facts))
