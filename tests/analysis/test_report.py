@@ -62,11 +62,12 @@ def test_it_reads_top_to_bottom(report, results, sweep, capacity):
     assert page.open == []
     question, *parts = page.headings
     assert question == "How should many LoRA adapters be served on llava-1.5-7b, and what does it cost?"
-    assert parts == ["What was run", "The policies side by side", "What holds p99_ttft<1s", "Figures", "Caveats",
-                     "Where it comes from"]  # fmt: skip
+    assert parts == ["What was run", "The policies side by side", "Beside the paper's figure 14", "What holds p99_ttft<1s",
+                     "Figures", "Caveats", "Where it comes from"]  # fmt: skip
     text = " ".join(" ".join(page.text).split())
     assert verdict(summaries([str(results)])) in text
     assert "valora has the lowest average token latency at 2 of 2 points of the sweep" in text
+    assert "(figure 14) holds at 2 of 2 points." in text
     assert "valora on 4 GPUs with router affinity sustains 39.5 requests/s, 3.95 times 1 GPU." in text
     for caveat in ("no running engine measured", "time rescaled from 1 to 4 requests/s"):
         assert caveat in text
