@@ -44,14 +44,22 @@ def projections_of(shape: ModelShape, names: tuple[str, ...] = ALL_LINEAR) -> di
 
 @dataclass(frozen=True)
 class Branch:
-    """Adds the LoRA branches of a projection: (y, x, key), y in place; to those named, and nothing to others."""
+    """The LoRA branches of a step. add: those of a projection, (y, x, key), y in place. names: projections that have any.
+    joined: (x, weight, bias, key) -> y, linear and branches in one, where an operator knows a better way than in turn."""
 
-    add: Callable[[torch.Tensor, torch.Tensor, Key], None]
-    names: Collection[str]
+    add: Callable[[torch.Tensor, torch.Tensor, Key], None] | None = None
+    names: Collection[str] = ()
+    joined: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, Key], torch.Tensor] | None = None
 
-    def __call__(self, y: torch.Tensor, x: torch.Tensor, key: Key) -> None:
-        if key[1] in self.names:
-            self.add(y, x, key)
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: Key) -> torch.Tensor:
+        """A projection of x [T, d_in] with its branches, [T, d_out]."""
+        if key[1] not in self.names:
+            return linear(x, weight, bias)
+        if self.joined:
+            return self.joined(x, weight, bias, key)
+        y = linear(x, weight, bias)
+        self.add(y, x, key)
+        return y
 
 
 @dataclass(frozen=True)
@@ -107,27 +115,19 @@ class Decoder:
         """
         cos, sin = self.rotary(positions)
         heads = self.shape.heads
-        update = None
+        update, branch = None, branch or Branch()
         for number, layer in enumerate(self.layers):
             normed = add_rms_norm(update, hidden, layer.input_norm, self.eps)
-            qkv = linear(normed, layer.qkv, layer.qkv_bias)
-            if branch:
-                branch(qkv, normed, (number, "qkv"))
+            qkv = branch.linear(normed, layer.qkv, layer.qkv_bias, (number, "qkv"))
             rope_store(qkv, cos, sin, keys[number], values[number], slots, heads)
             context = attend(qkv, keys[number], values[number], heads, layout)
-            update = linear(context, layer.o)
-            if branch:
-                branch(update, context, (number, "o"))
+            update = branch.linear(context, layer.o, None, (number, "o"))
             normed = add_rms_norm(update, hidden, layer.post_norm, self.eps)
-            if branch and "gate_up" in branch.names:  # it comes between the linear and the gate
-                gate_up = linear(normed, layer.gate_up)
-                branch(gate_up, normed, (number, "gate_up"))
-                inner = silu_mul(gate_up)
+            if "gate_up" in branch.names:  # what is added comes between the linear and the gate
+                inner = silu_mul(branch.linear(normed, layer.gate_up, None, (number, "gate_up")))
             else:
                 inner = gated(normed, layer.gate_up)
-            update = linear(inner, layer.down)
-            if branch:
-                branch(update, inner, (number, "down"))
+            update = branch.linear(inner, layer.down, None, (number, "down"))
         return add_rms_norm(update, hidden, self.final_norm, self.eps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from engine.decoder import ATTENTION, SLICES, Branch, Decoder, projections_of
 from kernels.baselines import OPERATORS as RIVALS
-from kernels.batch import RANK_ALIGN, LoraBatch, LoraError, LoraPool
+from kernels.batch import RANK_ALIGN, Key, LoraBatch, LoraError, LoraPool
 from kernels.merge import NO_SLOT, WeightSwitch, pool_factors
 from policies.plan import MIXTURE, UNMERGED
 from traces.request import Adapter
@@ -128,12 +128,17 @@ class Lora:
 
     def bound(self, batch: LoraBatch, *, mixture: bool) -> Branch:
         """The branch over one batch object, as a graph captures it."""
+        from kernels import atmm
+
         op, pool = self._mixture_op if mixture else self._op, self.pool
 
-        def add(y: torch.Tensor, x: torch.Tensor, key: tuple[int, str]) -> None:
+        def add(y: torch.Tensor, x: torch.Tensor, key: Key) -> None:
             op(y, x, pool, batch, key)
 
-        return Branch(add, pool.projections)
+        def joined(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, key: Key) -> torch.Tensor:
+            return atmm.linear(x, weight, bias, pool, batch, key)
+
+        return Branch(add, pool.projections, joined if op is atmm.atmm else None)
 
     def compile(self, batches: list[LoraBatch]) -> None:
         """Compile, on all cores, what the operator will launch for batches of these shapes, where it can say so."""
@@ -182,10 +187,10 @@ class Lora:
             pool.release(slot)
 
     def _warm_once(self, rows: int, *, mixture: bool) -> None:
-        branch = self.bound(self.batch, mixture=mixture)
+        add = self.bound(self.batch, mixture=mixture).add
         for name, projection in self.pool.projections.items():
             place = {"dtype": self.pool.dtype, "device": self.pool.device}
-            branch(torch.zeros(rows, projection.d_out, **place), torch.zeros(rows, projection.d_in, **place), (0, name))
+            add(torch.zeros(rows, projection.d_out, **place), torch.zeros(rows, projection.d_in, **place), (0, name))
 
     @property
     def adds(self) -> bool:

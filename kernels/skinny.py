@@ -116,13 +116,15 @@ def _finish(y, value, m, live, bias, tile, columns, BN: tl.constexpr, BIAS: tl.c
 def few_rows(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, BESIDE: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
 
-    GATED: y [rows, columns / 2], `_finish`. With SPLIT > 1 each program writes its part of the sum to planes float32
-    [columns / BN, SPLIT, TOKENS, BN], and the last of a tile to come (counters int32 [columns / BN], zero before and after)
-    adds the planes in their order, so that the result does not depend on who was last.
+    GATED: y [rows, columns / 2], `_finish`. BESIDE: the kernel before lets this one start only when x is complete. With
+    SPLIT > 1 each program writes its part of the sum to planes float32 [columns / BN, SPLIT, TOKENS, BN], and the last of a
+    tile to come (counters int32 [columns / BN], zero before and after) adds the planes in their order, so that the result
+    does not depend on who was last.
     """
     if PDL:
         trigger()
@@ -142,7 +144,7 @@ def few_rows(
         w1 = _weights(w_at, k, 1, K, BK, EVEN)
     if HELD > 2:
         w2 = _weights(w_at, k, 2, K, BK, EVEN)
-    if PDL:
+    if PDL and not BESIDE:
         wait()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for i in tl.range(HELD, NK, num_stages=STAGES):
@@ -153,6 +155,8 @@ def few_rows(
         acc = _dot(w1, _rows(x_at, live, k, 1, K, BK, EVEN), acc, IEEE)
     if HELD > 2:
         acc = _dot(w2, _rows(x_at, live, k, 2, K, BK, EVEN), acc, IEEE)
+    if PDL and BESIDE:
+        wait()
     value = tl.trans(acc)
     if SPLIT == 1:
         _finish(y, value, m, live, bias, tile, columns, BN, BIAS, GATED)
@@ -208,8 +212,8 @@ def _meet(
 def few_rows_shared(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr,
-    IEEE: tl.constexpr, INTERPRETED: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, BESIDE: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """`few_rows` with the BLOCKS blocks of all tiles laid end to end and shared evenly among PROGRAMS programs.
 
@@ -229,7 +233,7 @@ def few_rows_shared(
     k = tl.arange(0, BK)
     live = (m < rows)[:, None]
     x_at = x + m[:, None] * XS + k[None, :]
-    if PDL:
+    if PDL and not BESIDE:
         wait()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for step in tl.range(LONGEST, num_stages=STAGES):
@@ -249,6 +253,8 @@ def few_rows_shared(
                 _meet(value, m, live, planes, counters, y, bias, tile, first, last, program, columns, TOKENS, BN, MOST,
                       BIAS, GATED, INTERPRETED)
             acc = tl.zeros([BN, TOKENS], tl.float32)
+    if PDL and BESIDE:
+        wait()
 
 
 _PLANS: dict[tuple, Callable] = {}
@@ -260,7 +266,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     The kernel keeps no gradients. It is safe in a capture once the same shape, with rows of the same bucket, has run outside
     of one (else RuntimeError), and not on two streams at once, which would share counters.
     """
-    tile = _tile_for(x, weight)
+    tile = tile_for(x, weight)
     return run(x, weight, bias, tile) if tile else functional.linear(x, weight, bias)
 
 
@@ -269,7 +275,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Rounded where `pointwise.silu_mul` behind a linear rounds. Of captures and streams see `linear`.
     """
-    tile = _tile_for(x, weight)
+    tile = tile_for(x, weight)
     return run(x, weight, None, tile, gate=True) if tile else silu_mul(functional.linear(x, weight))
 
 
@@ -277,37 +283,47 @@ def _bucket(rows: int) -> int | None:
     return next((i for i, bucket in enumerate(BUCKETS) if rows <= bucket), None)
 
 
-def _tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
+def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
     """None: torch's, for what the kernel does not take or was not measured with."""
-    tiles = TILES.get(tuple(weight.shape))
-    if tiles is None or not x.is_cuda or x.ndim != 2 or not len(x) or not x.dtype == weight.dtype == torch.bfloat16:
+    if not x.is_cuda or x.ndim != 2 or x.dtype != weight.dtype:
         return None
-    bucket = _bucket(len(x))
     aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
-    if bucket is None or not aligned or INTERPRETED or device_name() != MEASURED:
+    return measured_tile(len(x), *weight.shape, x.dtype) if aligned else None
+
+
+def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile | None:
+    """The tile for so many rows and W [columns, depth], if any beat torch on this device."""
+    tiles, bucket = TILES.get((columns, depth)), _bucket(rows)
+    if tiles is None or bucket is None or not rows or dtype is not torch.bfloat16:
         return None
-    return tiles[bucket]
+    return None if INTERPRETED or device_name() != MEASURED else tiles[bucket]
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
-    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False,
+        beside: bool = False, y: torch.Tensor | None = None) -> torch.Tensor:
+    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes.
+
+    beside: the launch just before lets its successor start only when x is complete, and is to run beside it. y: written to.
+    """
     rows, (columns, depth) = len(x), weight.shape
     tokens = BUCKETS[_bucket(rows)]
-    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, x.device)
+    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, beside, x.device)
     plan = _PLANS.get(key)
     if plan is None:
-        plan = _PLANS[key] = _plan(x, columns, depth, tokens, tile, bias is not None, gate)
-    y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
+        form = {"bias": bias is not None, "gate": gate, "beside": beside}
+        plan = _PLANS[key] = _plan(x, columns, launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, **form))
+    if y is None:
+        y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
     plan(x, weight, x if bias is None else bias, y)
     return y
 
 
-def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, bias: bool,
-              gate: bool = False) -> Launch:  # fmt: skip
+def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, *, bias: bool = False,
+              gate: bool = False, beside: bool = False) -> Launch:  # fmt: skip
     """The kernel for W [columns, depth] and rows of x `stride` apart, padded to `tokens`."""
     constants = {
         "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "STAGES": tile.stages, "BIAS": bias, "GATED": gate,
-        "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
+        "BESIDE": beside, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w", "bias", "y"), dtype)
     types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
@@ -320,18 +336,19 @@ def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dt
     return Launch(few_rows, (tile.split, tiles), constants, types)
 
 
-def _plan(x: torch.Tensor, columns: int, depth: int, tokens: int, tile: Tile, bias: bool, gate: bool) -> Callable:
-    """The launch of one shape as a function of (x, weight, bias, y), with counters of its own."""
+def _plan(x: torch.Tensor, columns: int, launch: Launch) -> Callable:
+    """A launch over `columns` rows of weights as a function of (x, weight, bias, y), with counters of its own."""
+    known = launch.constants
+    tokens = known["TOKENS"]
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"no linear of {tokens} rows and {columns} x {depth} weights has run yet; run one, then capture")
-    launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias, gate)
+        raise RuntimeError(f"{tokens} rows and {columns} x {known['K']} weights have not met yet; run it once, then capture")
     start, tiles = launch.bind(x.device), -(-columns // BN)
+    parts = 2 * known["PROGRAMS"] if "PROGRAMS" in known else tiles * known["SPLIT"] if known["SPLIT"] > 1 else 0
     counters = torch.zeros(tiles, dtype=torch.int32, device=x.device)
-    planes = 2 * launch.grid[0] if tile.shared else tiles * tile.split if tile.split > 1 else 0
 
     def start_it(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
-        parts = torch.empty(planes, tokens, BN, dtype=torch.float32, device=x.device)
-        pointers = [argument(tensor) for tensor in (x, weight, bias, y, parts, counters)]
+        planes = torch.empty(parts, tokens, BN, dtype=torch.float32, device=x.device)
+        pointers = [argument(tensor) for tensor in (x, weight, bias, y, planes, counters)]
         start(*pointers, len(x), columns)
 
     return start_it

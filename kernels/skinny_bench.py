@@ -44,7 +44,7 @@ def candidates(columns: int) -> list[Tile]:
 
 def precompile(columns: int, depth: int, tokens: int, *tile: int) -> None:
     """Compile one tile into Triton's disk cache."""
-    launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, False, (columns, depth) in GATES).compile()
+    launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, gate=(columns, depth) in GATES).compile()
 
 
 def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> float:
