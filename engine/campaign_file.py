@@ -64,10 +64,12 @@ class Cell:
         return tuple(getattr(self.args, name) for name in ("model", "device", "dtype", "seed"))
 
     def options(self) -> dict:
-        """What its record depends on, by option; the trace by its file's name and contents. JSON-able."""
+        """What its record depends on, by option; trace and profile by their files' names and contents. JSON-able."""
         chosen = {name: value for name, value in sorted(vars(self.args).items()) if name not in NOT_THE_RESULT}
-        trace = Path(chosen["trace"] or SAMPLE)
-        chosen |= {"trace": trace.name, "trace_sha256": _digest(trace)}
+        for name, path in (("trace", chosen["trace"] or SAMPLE), ("profile", chosen["profile"])):
+            if path is not None:
+                chosen |= {name: Path(path).name, f"{name}_sha256": _digest(Path(path))}
+        chosen |= {name: chosen[name] and Path(chosen[name]).name for name in ("model", "adapter_dir")}  # they may move
         chosen["policy"] = {"name": self.policy.name, **asdict(self.policy)}
         return json.loads(json.dumps(chosen, default=str))
 
@@ -83,7 +85,7 @@ def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise CampaignError(f"{path}: {error.strerror}; --traces names the folder with the campaign's traces") from None
+        raise CampaignError(f"{path}: {error.strerror}; traces lie in --traces, profiles beside the campaign") from None
 
 
 def read_campaign(path: str | Path, traces: str | Path | None) -> list[Cell]:
