@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("inputs", nargs="+", metavar="PATH", help=INPUTS)
     report.add_argument("--output", required=True, metavar="FILE.html", help="the page; replaced where it is there")
     report.add_argument("--title", help="the question it answers (default: made from the inputs)")
+    for command in (figures, report):
+        command.add_argument("--where", action="append", default=[], metavar="OPTION=VALUE",
+                             help="only the runs of sweeps with this, e.g. adapters=16; may be repeated")  # fmt: skip
     validate = commands.add_parser("validate", help="hold the simulator against engine replays of the same traces")
     validate.add_argument("engines", nargs="+", metavar="ENGINE_DIR", help="what engine replay or campaign wrote")
     validate.add_argument("--sim", nargs="+", default=[], metavar="DIR",
@@ -58,12 +61,12 @@ def say(drawn: dict[str, list[Path]]) -> None:
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """One command. Raises ResultError or OSError."""
     if args.command == "figures":
-        say(draw(args.inputs, args.out, check_names(args.only)))
+        say(draw(args.inputs, args.out, check_names(args.only), args.where, lambda text: print(text, file=sys.stderr)))
         return
     if args.command == "report":
         from analysis.report import write_report
 
-        print(f"wrote {write_report(args.inputs, args.output, args.title)}", file=sys.stderr)
+        print(f"wrote {write_report(args.inputs, args.output, args.title, args.where)}", file=sys.stderr)
         return
     if args.command == "validate":
         validate(args)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from analysis.sweep_data import Panel, panels
+from analysis.sweep_data import Panel, panels, spell
 from analysis.sweeps import METRIC, paper_panel
 from traces.result_files import ResultError
 
@@ -58,7 +58,8 @@ def table(pairs: Sequence[Beside]) -> list[tuple[str, ...]]:
     rows = []
     for panel, ours, paper in pairs:
         profile = (panel.runs[0]["profile"] or "-").removesuffix(f"-{panel.settings['model']}")
-        where = f"{panel.settings['model']}, {panel.settings['workload']}"
+        others = [spell(name, value) for name, value in panel.fixed.items() if name not in ("model", "workload", "profile")]
+        where = ", ".join((panel.settings["model"], panel.settings["workload"], *others))
         rows += [
             (rival, where, _range(below_percent(paper, rival)), _range(below_percent(ours, rival)), profile)
             for rival in ours if rival != OWN

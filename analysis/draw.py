@@ -18,22 +18,33 @@ from traces.suggest import near
 
 @dataclass(frozen=True)
 class Inputs:
-    """What there is to draw, by kind. Raises ResultError for a path that is none of them."""
+    """What there is to draw, by kind; of sweeps the rows that have the values in `where`, pairs of option and value."""
 
     directories: tuple[str, ...] = ()
     sweeps: tuple[str, ...] = ()
     capacities: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    where: tuple[tuple[str, str], ...] = ()
 
     @classmethod
-    def of(cls, paths: Iterable[str | Path]) -> Inputs:
-        """Paths sorted by what they end with."""
+    def of(cls, paths: Iterable[str | Path], where: Iterable[str] = ()) -> Inputs:
+        """Paths sorted by what they end with. where: OPTION=VALUE. Raises ResultError."""
         kinds: dict[str, list[str]] = {"directories": [], "sweeps": [], "capacities": [], "operators": []}
         by_end = {".jsonl": "sweeps", ".json": "capacities", ".csv": "operators"}
         for path in dict.fromkeys(map(str, paths)):
-            kind = by_end.get(Path(path).suffix, "directories")
-            kinds["directories" if Path(path).is_dir() else kind].append(path)
-        return cls(**{kind: tuple(found) for kind, found in kinds.items()})
+            kind = "directories" if Path(path).is_dir() else by_end.get(Path(path).suffix, "")
+            if not kind and Path(path).exists():
+                raise ResultError(f"{path}: neither a directory of results nor a .jsonl, .json or .csv file of them")
+            kinds[kind or "directories"].append(path)
+        pairs = []
+        for pair in where:
+            name, equals, value = (part.strip() for part in pair.partition("="))
+            if not equals:
+                raise ResultError(f"--where {pair!r}: write OPTION=VALUE, as in --where adapters=16")
+            if not kinds["sweeps"]:
+                raise ResultError(f"--where {pair!r}: picks rows of sweeps, and there is no .jsonl among the inputs")
+            pairs.append((name, value))
+        return cls(**{kind: tuple(found) for kind, found in kinds.items()}, where=tuple(pairs))
 
     @cached_property
     def results(self) -> dict[str, RunResult]:
@@ -49,10 +60,13 @@ class Inputs:
 
     @cached_property
     def rows(self) -> list[dict]:
-        """All rows of the sweeps."""
-        from analysis.sweep_data import read_rows
+        """The rows of the sweeps, those that `where` picks."""
+        from analysis.sweep_data import pick, read_rows
 
-        return read_rows(self.sweeps)
+        rows = read_rows(self.sweeps)
+        for name, value in self.where:
+            rows = pick(rows, name, value)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -151,13 +165,29 @@ def check_names(text: str | None) -> list[str] | None:
     return names
 
 
-def draw(paths: Sequence[str | Path], out: str | Path, only: Sequence[str] | None = None) -> dict[str, list[Path]]:
-    """Draw the figures named, or all that the inputs allow, into `out`; paths by figure. Raises ResultError."""
-    inputs = Inputs.of(paths)
+def draw(
+    paths: Sequence[str | Path], out: str | Path, only: Sequence[str] | None = None, where: Sequence[str] = (),
+    skipped: Callable[[str], None] | None = None,
+) -> dict[str, list[Path]]:
+    """Draw the figures named, or all that the inputs allow, into `out`; paths by figure.
+
+    where: OPTION=VALUE, picks rows of sweeps. skipped: told of every figure that cannot be drawn where none is named.
+    Raises ResultError, also where nothing can be drawn.
+    """
+    inputs = Inputs.of(paths, where)
     for name in only or ():
         if not getattr(inputs, FIGURES[name].needs):
             raise ResultError(f"figure {name} is drawn from {FIGURES[name].needs}, and there are none among the inputs")
     names = possible(inputs) if only is None else only
-    if not names:
-        raise ResultError("nothing to draw: no setting but the policy varies in these inputs")
-    return {name: FIGURES[name].draw(inputs, Path(out)) for name in names}
+    drawn, last = {}, ResultError("nothing to draw: no setting but the policy varies in these inputs")
+    for name in names:
+        try:
+            drawn[name] = FIGURES[name].draw(inputs, Path(out))
+        except ResultError as error:
+            if only is not None or skipped is None:
+                raise
+            skipped(f"{name}: not drawn: {error}")
+            last = error
+    if not drawn:
+        raise last
+    return drawn

@@ -33,14 +33,18 @@ COLUMNS = (
 )  # fmt: skip
 """(key, title, factor, format, which end is better)."""
 MOST_LINES = 400
+MOST_CLAIMS = 24
 
 
-def write_report(paths: Sequence[str | Path], output: str | Path, title: str | None = None) -> Path:
-    """Write the page, in one piece; returns its path. Raises ResultError for what cannot be read or holds nothing."""
+def write_report(
+    paths: Sequence[str | Path], output: str | Path, title: str | None = None, where: Sequence[str] = ()
+) -> Path:
+    """Write the page, in one piece; returns its path. where: OPTION=VALUE, picks rows of sweeps. Raises ResultError for what
+    cannot be read or holds nothing."""
     output = Path(output)
     if output.suffix not in (".html", ".htm"):
         raise ResultError(f"--output {output}: name a .html file")
-    inputs = Inputs.of(paths)
+    inputs = Inputs.of(paths, where)
     found = summaries(inputs.directories, short=True) if inputs.directories else {}
     question = title or _question(inputs, found)
     sentences = _verdicts(inputs, found)
@@ -48,7 +52,7 @@ def write_report(paths: Sequence[str | Path], output: str | Path, title: str | N
     body += [page.paragraph(sentence) for sentence in sentences[1:]]
     body += [page.heading("What was run"), page.facts(_set_up(inputs, found))]
     body += _tables(inputs, found)
-    body += [page.heading("Figures"), *_figures(paths, inputs)]
+    body += [page.heading("Figures"), *_figures(paths, inputs, where)]
     body += [page.heading("Caveats"), page.bullets(_caveats(inputs, found))]
     body += [page.heading("Where it comes from"), page.facts(_provenance(inputs, found)), *_configurations(inputs)]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +169,10 @@ def _tables(inputs: Inputs, found: dict[str, dict]) -> list[str]:
     if found:
         parts += [page.heading("The policies side by side"), _policy_table(found)]
     if inputs.sweeps and (pairs := claims.beside(inputs.rows)):
-        parts += [page.heading("Beside the paper's figure 14"), page.table(claims.HEADER, claims.table(pairs))]
+        rows = claims.table(pairs)
+        parts += [page.heading("Beside the paper's figure 14"), page.table(claims.HEADER, rows[:MOST_CLAIMS])]
+        if len(rows) > MOST_CLAIMS:
+            parts.append(page.paragraph(f"and {len(rows) - MOST_CLAIMS} rows more."))
     for path in inputs.capacities:
         document = read_capacity(path)
         rows = [
@@ -197,19 +204,19 @@ def _policy_table(found: dict[str, dict]) -> str:
     return page.table(("", *found), rows)
 
 
-def _figures(paths: Sequence[str | Path], inputs: Inputs) -> list[str]:
-    names = possible(inputs)
+def _figures(paths: Sequence[str | Path], inputs: Inputs, where: Sequence[str]) -> list[str]:
+    names, parts = possible(inputs), []
     for name, axis in (("rate", "rate"), ("skewness", "adapter-assign"), ("adapters", "adapters"), ("ranks", "ranks")):
         if name in names:
             try:
                 panels(inputs.rows, axis, "avg_token_latency_s")
-            except ResultError:  # more panels than a page can show
+            except ResultError as error:  # more panels than a page can show
                 names.remove(name)
+                parts.append(page.paragraph(f"{FIGURES[name].title}: not drawn, {error}."))
     if not names:
-        return [page.paragraph("Nothing to draw.")]
-    parts = []
+        return parts or [page.paragraph("Nothing to draw.")]
     with tempfile.TemporaryDirectory() as folder:
-        for name, files in draw(paths, folder, names).items():
+        for name, files in draw(paths, folder, names, where).items():
             by_end = {path.suffix: path for path in files}
             lines = by_end[".csv"].read_text(encoding="utf-8").splitlines()
             caption = f"{FIGURES[name].title}."

@@ -13,6 +13,7 @@ from pathlib import Path
 from traces.replication import mean_ci95
 from traces.result_files import ResultError
 from traces.result_log import read_log
+from traces.suggest import near
 
 
 @dataclass
@@ -49,6 +50,17 @@ class Panel:
 def read_rows(paths: Iterable[str | Path]) -> list[dict]:
     """Rows of all logs. Raises ResultError."""
     return [row for path in paths for row in read_log(path)]
+
+
+def pick(rows: Sequence[dict], name: str, value: str) -> list[dict]:
+    """Rows whose setting (or variant) has this value, as `text` writes it. Raises ResultError where none has."""
+    own = [text(row["variant"] if name == "variant" else row["settings"].get(name)) for row in rows]
+    if value not in own:
+        known = sorted({*(rows[0]["settings"] if rows else ()), "variant"})
+        if name not in known:
+            raise ResultError(f"no option {name!r} in these sweeps{near(name, known)}; options are {', '.join(known)}")
+        raise ResultError(f"no run with {name} {value!r} in these sweeps; there is {', '.join(dict.fromkeys(own))}")
+    return [row for row, its in zip(rows, own, strict=True) if its == value]
 
 
 def text(value) -> str:
@@ -130,7 +142,7 @@ def panels(rows: Sequence[dict], x: str, metric: str, *, most: int = 6) -> list[
         if value is not None:
             cell.setdefault(at, []).append(value)
     if len(points) > most:
-        raise ResultError(f"{x}: {len(points)} panels, at most {most}; sweep fewer of {', '.join(others)} beside it")
+        raise ResultError(f"{x}: {len(points)} panels, at most {most}; pick one value of {', '.join(others)} with --where")
     found = []
     for place, lines in sorted(points.items(), key=lambda item: _last_first(item[0], others, changing)):
         series = [_series(label, cells) for label, cells in lines.items() if cells]

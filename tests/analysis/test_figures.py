@@ -146,7 +146,7 @@ def test_settings_of_variants_open_no_panels(sweep):
 
 def test_too_many_panels_are_refused(sweep):
     rows = read_rows([sweep({"rate": [1.0, 2.0], "adapters": list(range(1, 9))})])
-    with pytest.raises(ResultError, match="8 panels, at most 6; sweep fewer of adapters"):
+    with pytest.raises(ResultError, match="8 panels, at most 6; pick one value of adapters with --where"):
         panels(rows, "rate", "avg_token_latency_s")
     with pytest.raises(ResultError, match="ranks does not vary"):
         panels(rows, "ranks", "avg_token_latency_s")
@@ -230,6 +230,40 @@ def test_a_damaged_table_of_operators_names_its_line(tmp_path):
     path.write_text("# made by hand\noperator,tokens,us\natmm,1,2.5\natmm,x,2.5\n")
     with pytest.raises(ResultError, match=r"operators\.csv:4: needs the columns"):
         draw([path], tmp_path, ["operators"])
+
+
+@pytest.fixture
+def wide(sweep):
+    """A sweep over more than a page can show: eight panels over the rate."""
+    return sweep({"rate": [2.0, 4.0], "adapters": [1, 2, 4, 8], "ranks": [[16], [16, 64]]}, name="wide.jsonl")
+
+
+def test_where_picks_the_rows_of_a_wide_sweep(wide, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["figures", "--in", str(wide), "--out", str(tmp_path / "a"), "--only", "rate"])
+    assert "pick one value of adapters, ranks with --where" in capsys.readouterr().err
+    assert main(["figures", "--in", str(wide), "--out", str(tmp_path / "b"), "--where", "ranks=16,64"]) == 0
+    assert {path.stem for path in (tmp_path / "b").iterdir()} == {"rate", "adapters"}
+    with (tmp_path / "b/rate.csv").open() as file:
+        ours = {row["panel"] for row in csv.DictReader(file) if row["panel"].startswith("ours")}
+    assert ours == {f"ours: {n} adapter{'s' * (n > 1)}" for n in (1, 2, 4, 8)}
+
+
+def test_what_cannot_be_drawn_is_said_and_the_others_are(wide, tmp_path, capsys):
+    assert main(["figures", "--in", str(wide), "--out", str(tmp_path / "c")]) == 0
+    assert {path.stem for path in (tmp_path / "c").iterdir()} == {"adapters"}, "four panels: rates and ranks"
+    assert "rate: not drawn: rate: 8 panels, at most 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pair", "message"), [
+    ("adapters", "write OPTION=VALUE"), ("adapter=4", "no option 'adapter' in these sweeps (did you mean 'adapters'?)"),
+    ("adapters=3", "no run with adapters '3' in these sweeps; there is 1, 2, 4, 8"),
+])  # fmt: skip
+def test_a_wrong_where_says_what_there_is(wide, tmp_path, pair, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(wide), "--output", str(tmp_path / "page.html"), "--where", pair])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
