@@ -147,3 +147,29 @@ def column_block(block, W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, BL
     start = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
     end = tl.where(part == 0, W0, tl.where(part == 1, W0 + W1, W0 + W1 + W2))
     return part, tl.multiple_of(start + (block - skipped) * BLOCK, 8), end
+
+
+@triton.jit
+def shrunk_tile(
+    x_ptr, x_stride, rows, live, a, valid, split, D_IN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """float32 [BM, BR]: the live rows of x by the valid columns of A^T (a [1, BR]: where each begins); part of SPLIT."""
+    total = tl.zeros([BM, BR], tl.float32)
+    for i in range((D_IN + BK * SPLIT - 1) // (BK * SPLIT)):
+        ks = (i * SPLIT + split) * BK + tl.arange(0, BK)
+        x = x_ptr + rows.to(tl.int64)[:, None] * x_stride + ks[None, :]
+        x_part = tl.load(x, mask=live[:, None] & (ks[None, :] < D_IN), other=0.0)
+        a_part = tl.load(a + ks[:, None], mask=valid[None, :] & (ks[:, None] < D_IN), other=0.0)
+        total += tl.dot(x_part, a_part, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def add_tile(y_ptr, y_stride, rows, live, columns, end, v, b, scale):
+    """y[live rows, columns before end] += scale * v [BM, R] b [R, columns]."""
+    branch = scale * tl.dot(v.to(b.dtype), b, input_precision="ieee")
+    y = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+    inside = live[:, None] & (columns[None, :] < end)
+    old = tl.load(y, mask=inside, other=0.0)
+    tl.store(y, (old.to(tl.float32) + branch).to(old.dtype), mask=inside)

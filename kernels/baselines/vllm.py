@@ -19,7 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.baselines.inputs import checked, column_block, column_blocks, padded_rank, segments, width_constants
+from kernels.baselines.inputs import (
+    add_tile,
+    checked,
+    column_block,
+    column_blocks,
+    padded_rank,
+    segments,
+    shrunk_tile,
+    width_constants,
+)
 from kernels.batch import Key, LoraBatch, LoraPool
 
 CAPTURE = "free"
@@ -59,14 +68,8 @@ def _shrink(
     valid = ranks < tl.load(rank_ptr + slot)
     here = first + tl.arange(0, BM)
     rows = tl.load(perm_ptr + here, mask=here < stop, other=0)
-    x = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     a = a_ptr + part * a_slice + (tl.load(offset_ptr + slot) + ranks).to(tl.int64)[None, :] * D_IN
-    total = tl.zeros([BM, BR], tl.float32)
-    for i in range((D_IN + BK * SPLIT - 1) // (BK * SPLIT)):
-        ks = (i * SPLIT + split) * BK + tl.arange(0, BK)
-        x_part = tl.load(x + ks[None, :], mask=(here[:, None] < stop) & (ks[None, :] < D_IN), other=0.0)
-        a_part = tl.load(a + ks[:, None], mask=valid[None, :] & (ks[:, None] < D_IN), other=0.0)
-        total += tl.dot(x_part, a_part, input_precision="ieee")
+    total = shrunk_tile(x_ptr, x_stride, rows, here < stop, a, valid, split, D_IN, BM, BR, BK, SPLIT)
     v = v_ptr + (part * tokens + rows)[:, None] * R + ranks[None, :]
     tl.atomic_add(v, total, mask=(here[:, None] < stop) & valid[None, :], sem="relaxed")
 
@@ -91,12 +94,8 @@ def _expand(
     b = b_ptr + (tl.load(offset_ptr + slot) + ranks).to(tl.int64)[:, None] * D_OUT + columns[None, :]
     b_part = tl.load(b, mask=valid[:, None] & (columns[None, :] < end), other=0.0)
     v = v_ptr + (part * tokens + rows)[:, None] * R + ranks[None, :]
-    v_part = tl.load(v, mask=(here[:, None] < stop) & valid[None, :], other=0.0).to(b_part.dtype)
-    branch = tl.load(scale_ptr + slot) * tl.dot(v_part, b_part, input_precision="ieee")
-    y = y_ptr + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
-    inside = (here[:, None] < stop) & (columns[None, :] < end)
-    old = tl.load(y, mask=inside, other=0.0)
-    tl.store(y, (old.to(tl.float32) + branch).to(old.dtype), mask=inside)
+    v_part = tl.load(v, mask=(here[:, None] < stop) & valid[None, :], other=0.0)
+    add_tile(y_ptr, y_stride, rows, here < stop, columns, end, v_part, b_part, tl.load(scale_ptr + slot))
 
 
 def op(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key: Key) -> None:
