@@ -67,7 +67,7 @@ def operators(paths: Sequence[str | Path], directory: str | Path) -> list[Path]:
     numbers = []
     columns = min(3, len(by_panel))
     count = -(-len(by_panel) // columns)
-    with sheet(1.0 + 3.0 * columns, 0.8 + 2.9 * count, count, columns, sharey="row") as (figure, grid):
+    with sheet(1.0 + 3.0 * columns, 0.8 + 2.9 * count, count, columns) as (figure, grid):
         for axes, (title, rows) in zip(grid.flat, by_panel.items(), strict=False):
             numbers += _draw(axes, title, rows, place)
         for row in grid:

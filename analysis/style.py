@@ -126,7 +126,8 @@ def plain_log(axis) -> None:
 
     low, high = sorted(axis.get_view_interval())
     ratio = high / low if low > 0 else 10.0
-    steps = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)), (12, (1, 2, 3, 4, 5, 7)), (100, (1, 2, 5)))
+    widest = 100 if axis.axis_name == "y" else 40  # labels side by side need more room
+    steps = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)), (12, (1, 2, 3, 4, 5, 7)), (widest, (1, 2, 5)))
     subs = next((subs for most, subs in steps if ratio < most), (1,))
     axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Draw the README's gallery anew, from the project's folder: sh analysis/gallery/make.sh [PROFILE]
+# PROFILE: the latency profile without the model, e.g. h200 for sim/profiles/h200-llava-1.5-7b.json (default analytic-h200).
+# What it runs goes to results/gallery, which is emptied first; pictures and their numbers lie beside this file.
+set -eu
+profile=${1:-analytic-h200}
+out=results/gallery
+if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
+rm -rf "$out"
+mkdir -p "$out"
+
+python -m traces synth code --requests 8819 --seed 1 --output $out/code.csv
+python -m traces synth conv --requests 8000 --seed 1 --output $out/conv.csv
+
+# Average token latency against request rate: on the profile, and on an A100-80GB extrapolated from it.
+python -m sim extrapolate $profile-llava-1.5-7b --to a100-80gb --out $out/extrapolated-a100-80gb.json
+python -m sim sweep sim/grids/rate.yaml --trace $out/code.csv --set model=llava-1.5-7b --set profile=$profile --output $out/rate-1.jsonl
+python -m sim sweep sim/grids/rate.yaml --trace $out/code.csv --set model=llava-1.5-7b --set profile=$out/extrapolated-a100-80gb.json --output $out/rate-2.jsonl
+python -m analysis figures --in $out/rate-1.jsonl $out/rate-2.jsonl --only rate --out $out/drawn
+
+# Modes and switches over time.
+python -m sim --policy valora,dlora,cost-aware --profile $profile --workload retrieval --rate 12 --adapter-assign share:0.8 --output $out/modes
+python -m analysis figures --in $out/modes --only modes --out $out/drawn
+
+# Operators, as measured.
+python -m analysis figures --in kernels/results/operators_h200.csv kernels/results/peers_h200.csv --only operators --out $out/drawn
+
+# What four GPUs sustain.
+python -m sim capacity --profile $profile --slo "p99_ttft<1s,p99_tpot<50ms" --trace $out/conv.csv --workload retrieval --policy valora,slora --gpus 1,4 --router least-outstanding,affinity,dlora --requests-per-gpu 1000 --seeds 3 --confidence 1 --output $out/capacity.json
+python -m analysis figures --in $out/capacity.json --only routers --out $out/drawn
+
+python -m analysis report $out/rate-1.jsonl $out/rate-2.jsonl $out/capacity.json --output $out/report.html
+for name in rate modes operators routers; do
+    cp $out/drawn/$name.png $out/drawn/$name.csv "$(dirname "$0")"
+done
