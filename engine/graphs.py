@@ -9,7 +9,7 @@ kernels for every new number of rows), more than a GPU needs for most of them. I
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,13 +68,14 @@ class StepGraphs:
         self._staging = Staging(last_tokens.device)
         self._pool = None
 
-    def capture(self, kinds: tuple[int, ...] = (PLAIN, BRANCHED, MIXED)) -> None:
-        """Capture every bucket of the given kinds, the largest first, but no kind whose operator a graph cannot hold."""
+    def capture(self, kinds: tuple[int, ...] = (PLAIN, BRANCHED, MIXED), sizes: Collection[int] | None = None) -> None:
+        """Capture every bucket (of `sizes`) of the given kinds, the largest first, but no kind whose operator a graph cannot
+        hold."""
         for kind in kinds:
             if kind != PLAIN and not self._lora.capturable(mixture=kind == MIXED):
                 continue
             for bucket in reversed(self.buckets):
-                if (kind, bucket) not in self._graphs:
+                if (kind, bucket) not in self._graphs and (sizes is None or bucket in sizes):
                     self._graphs[kind, bucket] = self._capture(kind, bucket)
 
     def serves(self, mode: int, size: int) -> bool:

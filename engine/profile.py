@@ -14,22 +14,20 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from engine.build import CPU_PAGES, Engine, adapter_bytes_per_rank, build, find_adapters
+from engine.build import CPU_PAGES, adapter_bytes_per_rank, build, find_adapters
 from engine.decoder import Decoder, projections_of
 from engine.models import Model
 from engine.options import TARGETS
 from engine.profile_fit import UnfinishedError, profile_of
 from engine.profile_host import host_scene
 from engine.profile_parts import (
-    ALL_KINDS,
     PARTS,
-    RIVALS_KINDS,
     Grid,
     Job,
     attempt,
@@ -49,7 +47,7 @@ from engine.rows_file import RowsFile
 from engine.serve import describe_device, find_profile, frozen_heap, model_of
 from engine.stage import Stage
 from kernels import tiles
-from kernels.batch import RANK_ALIGN
+from kernels.batch import RANK_ALIGN, LoraError
 from policies import make_policy
 from policies.view import Limits
 from traces.assign import make_adapters
@@ -59,7 +57,8 @@ from traces.whole_file import replace_text
 EXIT_TIME = 75
 POLICY_OF = {"atmm": "valora", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs"}
 """Operators, and a policy that runs each: the first is the one that everything but the rivals' branches is timed with."""
-HOSTS = ("slora", "valora", "dlora", "punica", "fcfs", "merged-only", "base", "cost-aware", "oracle")
+HOSTS = ("slora", "valora", "dlora", "punica", "merged-only", "base", "fcfs", "cost-aware", "oracle")
+QUICK_HOSTS = 6
 SWITCHES = Path(tiles.__file__).parent / "results" / "switch_h200.csv"
 FORMS = {"addmm": "addmm_golden", "peft": "peft_merge"}
 SWITCH_MODELS = {"llava-1.5-7b": "llava-7b", "llava-1.5-13b": "llava-7b", "qwen2-vl-7b": "qwen2-vl-7b"}
@@ -72,23 +71,23 @@ def profile(args: argparse.Namespace) -> int:
     operators = _chosen(args.operators, tuple(POLICY_OF), "--operators")
     began = time.monotonic()
     run = Run(args, parts, operators, lambda: bool(args.max_seconds) and time.monotonic() - began > args.max_seconds)
-    run.measure()
-    if not run.facts:
-        raise ValueError(f"--max-seconds {args.max_seconds:g}: not even the engine was ready by then; give it more")
-    try:
-        data, steps = profile_of(run.rows, run.facts, run.provenance(), run.out)
-    except UnfinishedError as error:
-        print(f"{len(run.rows)} rows in {run.file.path}; {error}", file=sys.stderr)
+    unfinished, steps = "no engine was ready by then; give it more --max-seconds", None
+    for _ in run.measure():  # a process killed later leaves a profile
+        try:
+            steps = run.write()
+        except UnfinishedError as error:
+            unfinished = f"{len(run.rows)} rows in {run.file.path}; {error}"
+    if steps is None:
+        print(unfinished, file=sys.stderr)
         return EXIT_TIME
-    run.out.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(run.out, json.dumps(data, indent=1) + "\n")
     for key, measured, predicted in steps:
         off = 100 * (predicted / measured - 1)
         print(f"{key}: {measured / 1e3:.3f} ms measured, predicted {off:+.1f} %", file=sys.stderr)
     print(run.out)
-    if run.late():
-        print("time is up; the same command measures what is left", file=sys.stderr)
-    return 0
+    left = run.left()
+    if left:
+        print(f"{left} measurements are left; the same command goes on", file=sys.stderr)
+    return EXIT_TIME if left else 0
 
 
 def _chosen(text: str | None, known: tuple[str, ...], option: str) -> list[str]:
@@ -120,40 +119,59 @@ class Run:
         return self.file.rows
 
     # -- engines ------------------------------------------------------------------------------------------------------
-    def measure(self) -> None:
-        """Every job of the chosen parts that has no row yet, engine by engine."""
+    def measure(self) -> Iterator[None]:
+        """Every job of the chosen parts that has no row yet, engine by engine; comes up after each, and once at least if
+        there are rows."""
         if self.facts:
             self._refuse_another_model()
+        for operator, rank, first in self._engines():
+            if self.late():
+                break
+            try:
+                self._with_engine(operator, rank, first=first)
+            except (RuntimeError, LoraError) as error:  # of one rival's kernels; the others are still wanted
+                if first:
+                    raise
+                print(f"{operator} rank {rank}: left out: {type(error).__name__}: {error}", file=sys.stderr)
+            yield
+        if self.facts:
+            yield
+
+    def _engines(self) -> Iterator[tuple[str, int, bool]]:
+        """(operator, rank, the first of all) of every engine that may be needed."""
         ranks = self.args.ranks
         for number, rank in enumerate(ranks if "ranks" in self.parts and not self.args.quick else ranks[:1]):
             for operator in self.operators:
-                if self.late():
-                    return
-                first = not number and operator == self.operators[0]
-                self._with_engine(operator, rank, first=first)
+                yield operator, rank, not number and operator == self.operators[0]
+
+    def left(self) -> int:
+        """Measurements that are still to be made."""
+        return sum(len(self._pending(*engine)) for engine in self._engines())
+
+    def write(self) -> list[tuple[str, float, float]]:
+        """Make the profile of the rows there are; the steps that no table holds. Raises UnfinishedError."""
+        data, steps = profile_of(self.rows, self.facts, self.provenance(), self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.out, json.dumps(data, indent=1) + "\n")
+        return steps
 
     def _with_engine(self, operator: str, rank: int, *, first: bool) -> None:
         wanted = first or "lora" in self.parts or "ranks" in self.parts
         if not wanted or (self.facts and not self._pending(operator, rank, first)):
             return
         began = time.monotonic()
-        stage, engine, config, adapters = self._built(operator, rank)
+        stage = self._built(operator, rank)
         if not self.facts:
-            self._begin(stage, engine, rank)
-        grid, quick = self._grid(), self.args.quick
-        capture(stage, ALL_KINDS if first else RIVALS_KINDS, None if first else lora_sizes(grid, quick=quick))
-        if stage.runner.graphs is not None and first:
-            stage.runner.vision.capture()
+            self._begin(stage, rank)
+        capture(stage, lora_sizes(self._grid(), quick=self.args.quick), everything=first)
         print(f"{operator} rank {rank}: engine ready after {time.monotonic() - began:.1f} s", file=sys.stderr)
         with frozen_heap():
             for job in self._pending(operator, rank, first):
                 if self.late():
                     return
                 self._keep(attempt(job, stage), job)
-        if first and "host" in self.parts:
-            self._hosts(engine, config, adapters)
 
-    def _built(self, operator: str, rank: int) -> tuple[Stage, Engine, EngineConfig, tuple]:
+    def _built(self, operator: str, rank: int) -> Stage:
         args = self.args
         if self.model is None:
             self.model = model_of(args)
@@ -171,7 +189,7 @@ class Run:
         if model.device.type == "cuda":
             engine.runner.cache.keys.normal_()
             engine.runner.cache.values.normal_()
-        return Stage(engine, config, policy), engine, config, adapters
+        return Stage(engine, config, policy)
 
     def _operator(self, operator: str) -> str | None:
         """None on a CPU, where every policy's operator is the plain reference."""
@@ -189,6 +207,7 @@ class Run:
             yield from (("prefill", job) for job in prefill_jobs(grid))
             yield from (("attention", job) for job in attention_jobs(grid))
             yield from (("vision", job) for job in vision_jobs(grid))
+            yield from (("host", job) for job in self._hosts(HOSTS[:1]))
         if first or (again and operator == self.operators[0]):
             yield from (("ranks" if again else "switch", job) for job in switch_jobs(rank))
             yield from (("ranks" if again else "load", job) for job in load_jobs(rank))
@@ -196,33 +215,30 @@ class Run:
         for job in lora_jobs(grid, operator, rank, adapters, mixture=mixture, quick=quick or again):
             yield ("ranks" if again else "lora"), job
         if first:
+            yield from (("host", job) for job in self._hosts(HOSTS[1 : QUICK_HOSTS if quick else None]))
             yield from (("check", job) for job in check_jobs(grid, adapters))
 
-    def _pending(self, operator: str, rank: int, first: bool) -> list[Job]:
-        jobs = [job for part, job in self._jobs(operator, rank, first) if part in self.parts and job[0] not in self.rows]
-        if not jobs and first and "host" in self.parts:
-            jobs = [(f"host {name}", lambda stage: None) for name in HOSTS[:1] if f"host {name}" not in self.rows]
-        return jobs
+    def _hosts(self, names: Sequence[str]) -> Iterator[Job]:
+        """Short replays; of all but the first little more than the decisions is needed."""
+        for name in names:
+            seconds = self.args.host_seconds / (1 if name == HOSTS[0] else 3)
+            yield f"host {name}", lambda stage, name=name, seconds=seconds: host_scene(stage, name, seconds=seconds)
 
-    def _hosts(self, engine: Engine, config: EngineConfig, adapters: tuple) -> None:
-        seconds = self.args.host_seconds
-        for number, name in enumerate(HOSTS):
-            if f"host {name}" not in self.rows and not self.late():  # of the others only the decisions are needed
-                row = host_scene(engine, config, adapters, name, seconds=seconds / 3 if number else seconds)
-                self._keep({"key": f"host {name}", **row}, (f"host {name}", None))
+    def _pending(self, operator: str, rank: int, first: bool) -> list[Job]:
+        return [job for part, job in self._jobs(operator, rank, first) if part in self.parts and job[0] not in self.rows]
 
     def _keep(self, row: dict | None, job: Job) -> None:
-        if row is None:
-            if not job[0].startswith("host "):
-                print(f"{job[0]}: does not fit this engine, left out", file=sys.stderr)
+        if row is None:  # nor will it the next time
+            self.file.keep({"key": job[0], "what": "left out"})
+            print(f"{job[0]}: does not fit this engine, left out", file=sys.stderr)
             return
         self.file.keep(row)
         print(f"{row['key']}: {row['us'] / 1e3:.3f} ms ({row['times']} times)", file=sys.stderr)
 
     # -- what was measured ----------------------------------------------------------------------------------------------
-    def _begin(self, stage: Stage, engine: Engine, rank: int) -> None:
+    def _begin(self, stage: Stage, rank: int) -> None:
         """The header of the rows: sizes, limits, grid, versions."""
-        model, args = self.model, self.args
+        model, args, engine = self.model, self.args, stage.engine
         shape = model.shape
         golden = _target_bytes(self._decoder, TARGETS[args.targets])
         weights = sum(parameter.nbytes for parameter in model.hf.parameters())

@@ -17,10 +17,10 @@ from engine.clock import WallClock
 from engine.profile_parts import Row
 from engine.replay import Driver, EngineConfig, stripped
 from engine.serve import frozen_heap
-from engine.stage import spread
+from engine.stage import Stage, spread
 from policies import Policy, make_policy
 from policies.journal import result
-from policies.plan import Plan
+from policies.plan import Plan, Work
 from policies.recorded import leases
 from policies.view import View
 from traces.request import Adapter, Trace
@@ -64,9 +64,11 @@ def traffic(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...],
                        source="made up to time the host")  # fmt: skip
 
 
-def host_scene(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...], name: str, *, seconds: float) -> Row:
-    """Replay the traffic under policy `name`; every lease of it, and the times of its decisions."""
-    policy = make_policy(name)
+def host_scene(stage: Stage, name: str, *, seconds: float) -> Row:
+    """Replay the traffic under policy `name`: every lease of it (by a graph, where there are some), and the times of its
+    decisions."""
+    engine, config, policy = stage.engine, stage.config, make_policy(name)
+    adapters = engine.ledger.pool.adapters
     trace = stripped(traffic(engine, config, adapters, seconds / 4, seconds / 4 / QUIET), policy)
     engine.renew(config, policy)
     watched = Watched(policy)
@@ -74,9 +76,10 @@ def host_scene(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ..
         clock = WallClock(engine.runner)
         Driver(trace, watched, engine.ledger, engine.cost, engine.journal, clock, engine.runner).run()
     run = result([engine.journal], policy=name, operator=engine.operator, counters={"end_ns": 0}, config={})
+    stage.renew()
     rows = []
     for lease in leases(run):
-        if not lease.known:
+        if not lease.known or not _by_graph(engine, lease.work):
             continue
         own = (lease.end_ns - lease.first_ns) / 1e3 / (lease.steps - 1) if lease.steps > 2 else None
         work = lease.work
@@ -87,3 +90,13 @@ def host_scene(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ..
         })  # fmt: skip
     return {"what": "host", "policy": name, "decide": spread(watched.times_us), "leases": rows, **spread(watched.times_us),
             "own_median_us": median([row["own_us"] for row in rows if row["own_us"]] or [0.0])}  # fmt: skip
+
+
+def _by_graph(engine: Engine, work: Work) -> bool:
+    """False for a step that was launched kernel by kernel, though others have graphs."""
+    runner = engine.runner
+    if runner.graphs is None:
+        return True
+    if work.prefills:
+        return runner.packed_graphs.serves(work.mode, work.decodes + work.prefill_tokens)
+    return runner.graphs.serves(work.mode, work.decodes)

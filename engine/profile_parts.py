@@ -7,10 +7,12 @@ knows nothing of files and of the time that is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from engine.graphs import BRANCHED, MIXED, PLAIN
 from engine.stage import MODES, SceneError, Stage, spread
@@ -18,7 +20,7 @@ from engine.vision import BUCKETS as IMAGE_BUCKETS
 from policies.plan import Plan
 
 PARTS = ("linear", "prefill", "attention", "vision", "switch", "load", "host", "lora", "ranks", "check")
-"""In order of importance for `--parts`; `lora` times the operators at the first rank, `ranks` at the others."""
+"""`lora` times the operators at the first rank, `ranks` at the others."""
 NEAR = 16
 """Tokens of context that count as none: attention is what a step takes longer than with so many."""
 MIX = 256
@@ -248,11 +250,11 @@ def load_jobs(rank: int) -> Iterator[Job]:
 def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: bool, quick: bool) -> Iterator[Job]:
     """One operator's branch in decodes and chunks, by rows and adapters; the same steps without it are its reference."""
     decodes, tokens = lora_sizes(grid, quick=quick)
-    for batch in decodes:
+    for batch in ends_first(decodes):
         for several in [a for a in grid.adapters if a <= min(batch, adapters)]:
             yield (f"lora {operator} {rank} decode {batch} {several}",
                    lambda stage, n=batch, a=several: decode_scene(stage, "lora", n, NEAR, a, "unmerged"))  # fmt: skip
-    for rows in tokens:
+    for rows in ends_first(tokens):
         for several in [a for a in grid.adapters if a * 4 <= rows and a <= adapters]:
             sizes = [(rows // several, 0)] * several
             yield (f"lora {operator} {rank} prefill {rows} {several}",
@@ -274,6 +276,11 @@ def lora_sizes(grid: Grid, *, quick: bool) -> tuple[list[int], list[int]]:
     return decodes, [n for n in grid.tokens if n in wanted or n == grid.tokens[-1]]
 
 
+def ends_first(sizes: Sequence[int]) -> list[int]:
+    """The largest, the smallest, and what lies between: a table that is cut short has its ends."""
+    return [*dict.fromkeys([sizes[-1], sizes[0], *sizes])]
+
+
 def check_jobs(grid: Grid, adapters: int) -> Iterator[Job]:
     """Steps of shapes that no table holds, against which the finished profile is held."""
     batch, rows, context = grid.decodes[-1], grid.tokens[-1], grid.contexts[-1]
@@ -291,26 +298,29 @@ def check_jobs(grid: Grid, adapters: int) -> Iterator[Job]:
 
 
 def attempt(job: Job, stage: Stage) -> Row | None:
-    """The row of a job with its key; None where the engine cannot set the scene."""
+    """The row of a job with its key; None where the engine cannot set the scene, or its memory not hold it."""
     key, measure = job
-    try:
-        row = measure(stage)
-    except SceneError:
-        row = None
+    row = None
+    with suppress(SceneError):
+        try:
+            row = measure(stage)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            stage.renew()
     stage.clear()
     return None if row is None else {"key": key, **row}
 
 
-def capture(stage: Stage, kinds: tuple[int, ...], sizes: tuple[list[int], list[int]] | None) -> None:
-    """Capture the graphs that the scenes need. kinds: PLAIN, BRANCHED, MIXED. sizes: of decodes and of tokens; None: all."""
+def capture(stage: Stage, sizes: tuple[list[int], list[int]], *, everything: bool) -> None:
+    """Capture the graphs that the scenes need; a step without one is launched kernel by kernel. sizes: of decodes and of
+    tokens at which operators are timed, with their branch and without. everything: all sizes, but for mixtures."""
     runner = stage.runner
     if runner.graphs is None:
         return
-    for graphs, wanted in zip((runner.graphs, runner.packed_graphs), sizes or (None, None), strict=True):
-        if wanted is not None:
+    for graphs, wanted in zip((runner.packed_graphs, runner.graphs), reversed(sizes), strict=True):
+        if not everything:
             graphs.buckets = [size for size in graphs.buckets if size in wanted]
-    for graphs in (runner.packed_graphs, runner.graphs):
-        graphs.capture(kinds)
-
-
-ALL_KINDS, RIVALS_KINDS = (PLAIN, BRANCHED, MIXED), (BRANCHED,)
+        graphs.capture((PLAIN, BRANCHED))
+        if everything:
+            graphs.capture((MIXED,), wanted)
+            runner.vision.capture()

@@ -52,11 +52,16 @@ class Stage:
     """One engine under one policy, which is never asked. Every scene begins with `clear`."""
 
     def __init__(self, engine: Engine, config: EngineConfig, policy: Policy):
-        self.engine, self.config = engine, config
-        engine.renew(config, policy)
-        self.runner, self.ledger = engine.runner, engine.ledger
+        self.engine, self.config, self._policy = engine, config, policy
+        self.renew()
+        self.runner = engine.runner
         self.cuda = self.runner.last_tokens.is_cuda
         self._ids = 0
+
+    def renew(self) -> None:
+        """An empty engine, whoever had it."""
+        self.engine.renew(self.config, self._policy)
+        self.ledger = self.engine.ledger
 
     def now_ns(self) -> int:
         """The host's clock."""

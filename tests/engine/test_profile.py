@@ -3,6 +3,7 @@ say again what they were made from. There the steps are not timed but told by a 
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("transformers")
 from engine import profile_parts as parts  # noqa: E402
 from engine.__main__ import main  # noqa: E402
 from engine.build import build, find_adapters  # noqa: E402
+from engine.graphs import BRANCHED, MIXED, PLAIN  # noqa: E402
 from engine.profile_fit import (  # noqa: E402
     UnfinishedError,
     chunk_attention,
@@ -204,9 +206,52 @@ def test_the_command_makes_a_profile_that_the_simulator_takes(command, tmp_path,
 
 
 def test_time_that_is_up_ends_cleanly(command, capsys):
-    with pytest.raises(SystemExit):
-        main([*command, "--max-seconds", "0.000001"])
-    assert "give it more" in capsys.readouterr().err
+    assert main([*command, "--max-seconds", "0.000001"]) == 75
+    assert "no engine was ready by then; give it more" in capsys.readouterr().err
+
+
+class Graphs:
+    """Graphs of which one sees what is captured."""
+
+    def __init__(self, *buckets):
+        self.buckets, self.captured = list(buckets), set()
+
+    def capture(self, kinds=None, sizes=None):
+        wanted = [size for size in self.buckets if sizes is None or size in sizes]
+        self.captured |= {(kind, size) for kind in kinds or [None] for size in wanted}
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_steps_that_are_timed_have_graphs_with_their_branch_and_without(everything):
+    vision = Graphs(1)
+    runner = SimpleNamespace(graphs=Graphs(1, 2, 4), packed_graphs=Graphs(16, 32, 64), vision=vision)
+    parts.capture(SimpleNamespace(runner=runner), ([1, 4], [16, 64]), everything=everything)
+    decodes, tokens = ((1, 2, 4), (16, 32, 64)) if everything else ((1, 4), (16, 64))
+    for graphs, sizes, mixed in ((runner.graphs, decodes, (1, 4)), (runner.packed_graphs, tokens, (16, 64))):
+        expected = {(kind, size) for kind in (PLAIN, BRANCHED) for size in sizes}
+        assert graphs.captured == expected | ({(MIXED, size) for size in mixed} if everything else set())
+        assert graphs.buckets == list(sizes)
+    assert bool(vision.captured) == everything
+
+
+def test_a_rival_that_cannot_run_is_left_out_and_the_others_are_measured(command, tmp_path, capsys, monkeypatch):
+    from engine.profile import Run
+
+    built = Run._built
+
+    def fails(self, operator, rank):
+        if operator == "slora":
+            raise RuntimeError("its kernel does not compile")
+        return built(self, operator, rank)
+
+    monkeypatch.setattr("engine.stage.POINT_S", 0.005)
+    monkeypatch.setattr("engine.profile.HOSTS", ("slora",))
+    monkeypatch.setattr(Run, "_built", fails)
+    assert main([*command[:-1], "atmm,slora,punica", "--parts", "linear,prefill,attention,vision,switch,load,lora"]) == 75
+    error = capsys.readouterr().err
+    assert "slora rank 8: left out: RuntimeError: its kernel does not compile" in error
+    assert "measurements are left" in error
+    assert set(load_profile(tmp_path / "tiny.json").lora) == {"atmm", "punica"}
 
 
 @pytest.mark.parametrize(("words", "message"), [
