@@ -30,8 +30,9 @@ from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.evaluate import evaluate, evaluate_base
 from engine.fusion.metrics import Score
 from engine.fusion.oracle import JOINT, SEQUENCE, SEQUENCE_EARLY, Runs, TrainingOracle
-from engine.fusion.search import Attempt, Packing, exhaustive, fuse_in_order, search
+from engine.fusion.search import exhaustive, fuse_in_order, search
 from engine.fusion.train import Recipe, load_run
+from engine.fusion.trials import Attempt, Packing
 from engine.fusion.workbench import digest_of, open_workbench
 from engine.fusion.workers import Job, Workers, default_workers
 from traces.whole_file import replace_text

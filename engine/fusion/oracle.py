@@ -1,9 +1,9 @@
 """The oracle that really trains: what `engine.fusion.search` asks, answered by runs on disk.
 
-Two ways to train a set of domains. *jointly*: one run over all of them, each step the domain that is furthest below its
-floor, stopped once all floors hold; the result depends on the set alone. *in sequence*, the paper's: go on with the adapter
-of the domains before, on the next domain only, for as many steps as its own adapter took (or, with `early`, until all
-floors hold).
+Two ways to train a set of domains. *jointly*: one run over all of them from their own adapters, merged (or those of the
+groups they were in), each step the domain that is furthest below its floor, stopped once all floors hold. *in sequence*, the
+paper's: go on with the adapter of the domains before, on the next domain only, for as many steps as its own adapter took
+(or, with `early`, until all floors hold).
 
 A floor counts as held if it is met on the decide split with a margin for chance, so that it also holds on the held-out
 split, which is never looked at here. Every run is named by a hash of all that it depends on: what a killed search had
@@ -24,8 +24,8 @@ import torch
 
 from engine.fusion import checkpoint
 from engine.fusion.metrics import HIGHEST, Score
-from engine.fusion.search import Attempt
 from engine.fusion.train import Recipe, Result, Task, batch_loss, repeatable, train
+from engine.fusion.trials import Attempt
 from engine.fusion.workbench import Workbench
 from traces.whole_file import replace_text
 
@@ -53,7 +53,7 @@ class Runs:
 
     def path(self, kind: str, task: Task) -> Path:
         told = [self.digest, asdict(self.recipe), kind, task.domains, task.trained, task.cap]
-        told += [task.floors and sorted(task.floors.items()), task.start and task.start.name]
+        told += [task.floors and sorted(task.floors.items()), [folder.name for folder in task.start] or None]
         name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
         return self.folder / f"{kind}-{len(task.domains)}-{name}"
 
@@ -110,23 +110,32 @@ class TrainingOracle:
         self.alone = frozenset(name for name in self.domains if runs.bench.domain(name).relative)
         self._signal: dict[str, dict[str, float]] | None = None
         self._signal_steps = 0
+        self._folders: dict[tuple[str, ...], Path] = {}
 
     def path(self, order: tuple[str, ...]) -> Path:
-        """The folder of the run that `attempt` of this order made."""
-        return self.runs.own_path(order[0]) if len(order) == 1 else self.runs.path(self.kind, self._task(order))
+        """The folder of the run that `attempt` of this order makes, or made."""
+        if order in self._folders:
+            return self._folders[order]
+        return self.runs.own_path(order[0]) if len(order) == 1 else self.runs.path(self.kind, self._task(order, ()))
 
-    def _task(self, order: tuple[str, ...]) -> Task:
+    def _task(self, order: tuple[str, ...], parts: tuple[tuple[str, ...], ...]) -> Task:
         bench, recipe = self.runs.bench, self.runs.recipe
         floors = {name: self.runs.floors[name] for name in order}
         if self.kind == JOINT:
-            return Task(order, order, recipe.cap([bench.domain(name) for name in order]), floors)
+            start = tuple(map(self.path, parts))
+            if not parts:
+                start = tuple(self.runs.own_path(name) for name in order if bench.domain(name).relative)
+            return Task(order, order, recipe.cap([bench.domain(name) for name in order]), floors, start)
         known = floors if self.kind == SEQUENCE_EARLY else None
         domain = bench.domain(order[-1])
         steps = self.runs.train_own(domain.name).steps if domain.relative else recipe.steps_of(domain)
-        return Task(order, order[-1:], steps, known, self.path(order[:-1]))
+        return Task(order, order[-1:], steps, known, (self.path(order[:-1]),))
 
-    def attempt(self, order: tuple[str, ...]) -> Attempt:
-        """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it."""
+    def attempt(self, order: tuple[str, ...], parts: tuple[tuple[str, ...], ...] = ()) -> Attempt:
+        """Train and evaluate on the decide split. The own adapter of a domain costs no step where its floor needed it.
+
+        parts: what to start from; else from the own adapters of all.
+        """
         spent, self._signal_steps = self._signal_steps, 0
         milestones = ()
         if len(order) == 1:
@@ -137,7 +146,9 @@ class TrainingOracle:
         else:
             if self.ordered and not self.path(order[:-1]).exists():
                 spent += self.attempt(order[:-1]).steps
-            result = self.runs.run(self.kind, self._task(order))
+            task = self._task(order, parts)
+            self._folders[order] = self.runs.path(self.kind, task)
+            result = self.runs.run(self.kind, task)
             held = self.runs.held(result.scores)
             if self.kind == JOINT:
                 milestones = tuple((spent + step, frozenset(names)) for step, names in result.milestones)

@@ -6,8 +6,9 @@ where any floor falls. `search` is ours. `exhaustive` tries everything and is th
 
 Ours rests on one observation: an adapter whose training failed for some of its domains still serves those that it holds.
 So nothing is rolled back; the question is a cover (each domain held by some adapter), whose optimum is never worse than that
-of the partition. `search` first asks for everything at once, keeps what holds, and goes on with the rest, in smaller groups
-picked by similarity where too little holds; then it spends its retries on one adapter fewer: up to EXACT domains by a lazy
+of the partition. Where many domains have own adapters, which relative floors need, `search` grows its groups from those
+(`engine.fusion.grow`). Else it asks for everything at once, keeps what holds, and goes on with the rest, in smaller groups
+picked by similarity where too little holds. Then it spends its retries on one adapter fewer: up to EXACT domains by a lazy
 exact search, which trains only sets that an optimistic packing still hopes for and so ends at the true optimum; above,
 by emptying the smallest adapter into the others, and last by replaying the heuristic for as long as it could still win.
 
@@ -16,130 +17,16 @@ It knows names, floors met and steps spent; no torch, no files, no clock. Everyt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from itertools import combinations, permutations
-from typing import Protocol
 
 from engine.fusion.cover import cover_of
+from engine.fusion.grow import grown
+from engine.fusion.trials import Attempt, FloorError, Group, Oracle, Packing, Trials
 
 EXACT = 6
 """Up to this many domains the number of adapters is proven optimal unless the retries run out."""
 MAX_EXHAUSTIVE = 8
-
-
-class FloorError(ValueError):
-    """A floor that no attempt reached. The message names the domain, the best accuracy seen and the way out."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One training: the domains in order, the accuracy of each afterwards, those held above their floor, its own steps.
-
-    steps: optimizer steps that this attempt cost beyond what was trained before (an attempt known already costs 0).
-    milestones: (steps, domains held) where it could have been stopped with more of them held than before.
-    """
-
-    order: tuple[str, ...]
-    accuracies: Mapping[str, float]
-    held: frozenset[str]
-    steps: int
-    milestones: tuple[tuple[int, frozenset[str]], ...] = ()
-
-
-class Oracle(Protocol):
-    """Trains and evaluates. `attempt` is a function of its argument: the same order gives the same accuracies.
-
-    domains: in the user's order. ordered: False if the result of a set of domains does not depend on their order.
-    alone: domains whose own adapters are there already and hold, so that to ask for one costs no step.
-    similarity(a, b): a cheap signal of how well two domains get along, higher is better; any scale.
-    """
-
-    domains: tuple[str, ...]
-    ordered: bool
-    alone: frozenset[str]
-
-    def attempt(self, order: tuple[str, ...]) -> Attempt: ...
-
-    def similarity(self, a: str, b: str) -> float: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """One adapter: the attempt that made it, and the domains it serves (all held)."""
-
-    attempt: Attempt
-    serves: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The adapters of all domains, and what finding them cost.
-
-    steps and attempts: spent in all. steps_to: number of adapters -> steps spent when a packing that small was first known.
-    proven: no packing has fewer adapters (of those that this oracle can train).
-    """
-
-    groups: tuple[Group, ...]
-    steps: int
-    attempts: int
-    steps_to: Mapping[int, int]
-    proven: bool
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def first_steps(self, adapters: int) -> int:
-        """Steps spent until a packing of at most `adapters` adapters was known. ValueError if there was none."""
-        known = [steps for size, steps in self.steps_to.items() if size <= adapters]
-        if not known:
-            raise ValueError(f"no packing of {adapters} adapters was found; the smallest has {len(self)}")
-        return min(known)
-
-
-@dataclass
-class _Trials:
-    """What has been trained so far. `limit`: the number of attempts after which `more` says no."""
-
-    oracle: Oracle
-    known: dict[tuple[str, ...], Attempt] = field(default_factory=dict)
-    by_set: dict[frozenset[str], list[Attempt]] = field(default_factory=dict)
-    steps: int = 0
-    steps_to: dict[int, int] = field(default_factory=dict)
-    limit: int | None = None
-    watch: Callable[[Attempt], None] | None = None
-
-    def key(self, order: Iterable[str]) -> tuple[str, ...]:
-        order = tuple(order)
-        return order if self.oracle.ordered else tuple(d for d in self.oracle.domains if d in set(order))
-
-    def attempt(self, order: Iterable[str]) -> Attempt:
-        key = self.key(order)
-        if key not in self.known:
-            made = self.oracle.attempt(key)
-            if not self.known:  # nothing is packed yet: what is not held has its own adapter, or none
-                for steps, held in made.milestones:
-                    self._reached(1, set(self.oracle.domains) - held, steps)
-            self.known[key] = made
-            self.by_set.setdefault(frozenset(key), []).append(made)
-            self.steps += made.steps
-            if self.watch is not None:
-                self.watch(made)
-        return self.known[key]
-
-    def more(self) -> bool:
-        return self.limit is None or len(self.known) < self.limit
-
-    def reached(self, groups: list[Group], rest: Iterable[str] = ()) -> None:
-        """A packing is known: of these groups, and an own adapter for each of the rest."""
-        self._reached(len(groups), set(rest), self.steps)
-
-    def _reached(self, groups: int, rest: set[str], steps: int) -> None:
-        if self.oracle.alone >= rest:
-            self.steps_to.setdefault(groups + len(rest), steps)
-
-    def packing(self, groups: Iterable[Group], proven: bool) -> Packing:
-        return Packing(tuple(groups), self.steps, len(self.known), dict(self.steps_to), proven)
 
 
 # -- the paper's heuristic -------------------------------------------------------------------------------------------------
@@ -148,21 +35,22 @@ def fuse_in_order(oracle: Oracle, watch: Callable[[Attempt], None] | None = None
 
     FloorError if a domain alone misses its floor. Source: VaLoRA (EuroSys 2025), accuracy-aware adapter generation.
     """
-    trials = _Trials(oracle, watch=watch)
+    trials = Trials(oracle, watch=watch)
     groups = [Group(a, frozenset(a.order)) for a in _fused(trials)]
     trials.reached(groups)
     return trials.packing(groups, proven=len(groups) == 1)
 
 
-def _fused(trials: _Trials, most: int | None = None) -> list[Attempt] | None:
+def _fused(trials: Trials, most: int | None = None) -> list[Attempt] | None:
     """The heuristic's adapters. With `most`: None once there would be more, a floor is missed, or the retries run out."""
     closed: list[Attempt] = []
     current: Attempt | None = None
+    alone = not trials.oracle.ordered and trials.own_adapters
     for domain in trials.oracle.domains:
         if most is not None and not trials.more():
             return None
         if current is not None:
-            following = trials.attempt((*current.order, domain))
+            following = trials.attempt((*current.order, domain), (current, trials.attempt((domain,))) if alone else ())
             if following.held >= set(following.order):
                 current = following
                 continue
@@ -179,7 +67,7 @@ def _fused(trials: _Trials, most: int | None = None) -> list[Attempt] | None:
     return [*closed, current] if current is not None else closed
 
 
-def _unreached(trials: _Trials, domains: Iterable[str]) -> FloorError:
+def _unreached(trials: Trials, domains: Iterable[str]) -> FloorError:
     said = []
     for domain in sorted(domains):
         best = max((a.accuracies[domain] for a in trials.known.values() if domain in a.order), default=float("nan"))
@@ -196,8 +84,11 @@ def search(oracle: Oracle, retries: int | None = None, watch: Callable[[Attempt]
     """
     if len(set(oracle.domains)) != len(oracle.domains) or not oracle.domains:
         raise ValueError(f"the domains {oracle.domains} must be one or more different names")
-    trials = _Trials(oracle, watch=watch)
-    groups, missing = _first_packing(trials)
+    trials = Trials(oracle, watch=watch)
+    if len(oracle.domains) > EXACT and not oracle.ordered and trials.own_adapters:
+        groups, missing = grown(trials), set()
+    else:
+        groups, missing = _first_packing(trials)
     trials.limit = None if retries is None else len(trials.known) + retries
     if len(oracle.domains) <= EXACT:
         groups, proven = _exact(trials, None if missing else groups)
@@ -208,7 +99,7 @@ def search(oracle: Oracle, retries: int | None = None, watch: Callable[[Attempt]
     return trials.packing(groups, proven or len(groups) == 1)
 
 
-def _first_packing(trials: _Trials) -> tuple[list[Group], set[str]]:
+def _first_packing(trials: Trials) -> tuple[list[Group], set[str]]:
     """A packing by asking for much and keeping what holds, and the domains that nothing held, not even alone."""
     rest, groups, missing = list(trials.oracle.domains), [], set()
     guess = len(rest)
@@ -224,7 +115,7 @@ def _first_packing(trials: _Trials) -> tuple[list[Group], set[str]]:
     return groups, missing
 
 
-def _largest_held(trials: _Trials, rest: list[str], guess: int) -> Group | None:
+def _largest_held(trials: Trials, rest: list[str], guess: int) -> Group | None:
     """An adapter for many of `rest`: of `guess` domains, then by bisection on how many, members by similarity.
 
     It stops early where what is left is no more than what is held: one more adapter may take that, and only all of it at
@@ -262,7 +153,7 @@ def _members(oracle: Oracle, rest: list[str], size: int, last: Attempt | None) -
     return tuple(chosen)
 
 
-def _rescue(trials: _Trials, groups: list[Group], missing: set[str]) -> list[Group]:
+def _rescue(trials: Trials, groups: list[Group], missing: set[str]) -> list[Group]:
     """Domains that are not held alone may be in company: try each beside each group. FloorError if that fails too."""
     for domain in sorted(missing):
         for i, group in enumerate(groups):
@@ -277,7 +168,7 @@ def _rescue(trials: _Trials, groups: list[Group], missing: set[str]) -> list[Gro
 
 
 # -- fewer adapters: many domains ------------------------------------------------------------------------------------------
-def _improve(trials: _Trials, groups: list[Group]) -> list[Group]:
+def _improve(trials: Trials, groups: list[Group]) -> list[Group]:
     while len(groups) > 1 and trials.more():
         fewer = _emptied(trials, groups)
         if fewer is None:
@@ -292,21 +183,22 @@ def _improve(trials: _Trials, groups: list[Group]) -> list[Group]:
     return groups
 
 
-def _emptied(trials: _Trials, groups: list[Group]) -> list[Group] | None:
+def _emptied(trials: Trials, groups: list[Group]) -> list[Group] | None:
     """The groups without the smallest one, its domains moved to the others whole or one by one; None if some fit nowhere."""
     ranked = sorted(groups, key=lambda g: (len(g.serves), sorted(g.serves)))
     smallest, others = ranked[0], ranked[1:]
     for number, other in enumerate(_by_similarity(trials.oracle, others, smallest.serves)):
         if not trials.more() or number == 2:
             break
-        attempt = trials.attempt(_joined(trials.oracle, other.serves, smallest.serves))
+        attempt = trials.attempt(_joined(trials.oracle, other.serves, smallest.serves), (other.attempt, smallest.attempt))
         if attempt.held >= other.serves | smallest.serves:
             return [Group(attempt, other.serves | smallest.serves), *(g for g in others if g is not other)]
     for domain in sorted(smallest.serves):
         for other in _by_similarity(trials.oracle, others, {domain}):
             if not trials.more():
                 return None
-            attempt = trials.attempt(_joined(trials.oracle, other.serves, {domain}))
+            own = (other.attempt, trials.attempt((domain,))) if domain in trials.oracle.alone else ()
+            attempt = trials.attempt(_joined(trials.oracle, other.serves, {domain}), own)
             if attempt.held >= other.serves | {domain}:
                 others[others.index(other)] = Group(attempt, other.serves | {domain})
                 break
@@ -330,7 +222,7 @@ def _joined(oracle: Oracle, *parts: Iterable[str]) -> tuple[str, ...]:
 
 
 # -- fewer adapters: few domains, exactly ----------------------------------------------------------------------------------
-def _exact(trials: _Trials, groups: list[Group] | None) -> tuple[list[Group], bool]:
+def _exact(trials: Trials, groups: list[Group] | None) -> tuple[list[Group], bool]:
     """The smallest cover, and whether the retries sufficed to prove it."""
     domains = trials.oracle.domains
     most = len(groups) - 1 if groups is not None else len(domains)
@@ -352,7 +244,7 @@ def exhaustive(oracle: Oracle) -> Packing:
     """The optimum, by training every set of domains (in every order, if that matters). ValueError above 8 domains."""
     if len(oracle.domains) > MAX_EXHAUSTIVE:
         raise ValueError(f"{len(oracle.domains)} domains: trying everything is for at most {MAX_EXHAUSTIVE}")
-    trials = _Trials(oracle)
+    trials = Trials(oracle)
     for size in range(1, len(oracle.domains) + 1):
         for members in combinations(oracle.domains, size):
             for order in permutations(members) if oracle.ordered else (members,):

@@ -1,10 +1,12 @@
 """Train one adapter, and its head, on one or several domains; stop early once all floors hold; survive being killed.
 
 Each step takes one batch of one domain: domains take turns by weight (boxes learn slowly and get more), and after each check
-those further below their floor get more turns (the others are replayed). A run lives in a folder: a checkpoint while it
-lasts, and at its end a PEFT folder with its head and `result.json`, whose presence says that it is done. All that is random
-is drawn from (seed, step), so a run killed at any moment and started again gives the same adapter; on a GPU this holds as
-far as its kernels are deterministic, which `repeatable` asks for.
+those further below their floor get more turns (the others are replayed). Where even the pace of the last checks would not
+bring all to their floors in the steps that are left, the one that needs most is let go, for the others' sake.
+
+A run lives in a folder: a checkpoint while it lasts, and at its end a PEFT folder with its head and `result.json`, whose
+presence says that it is done. All that is random is drawn from (seed, step), so a run killed at any moment and started again
+gives the same adapter; on a GPU this holds as far as its kernels are deterministic, which `repeatable` asks for.
 
 Source of the recipe (LoRA on q, k, v, o; dropout; a head trained with the adapter): VaLoRA (EuroSys 2025).
 """
@@ -24,11 +26,11 @@ import torch
 from engine.fusion import checkpoint
 from engine.fusion.domains import Domain
 from engine.fusion.evaluate import evaluate
+from engine.fusion.merged import merge_heads, merged_factors
 from engine.fusion.metrics import Score
-from engine.fusion.task_heads import NAMES_FILE, Head, write_head
+from engine.fusion.task_heads import Head, write_head
 from engine.fusion.wording import QUERIES
 from engine.fusion.workbench import Workbench
-from engine.heads import FILE
 from traces.whole_file import replace_text
 
 RESULT, CHECKPOINT, ADAPTER = "result.json", "training.safetensors", "adapter"
@@ -40,6 +42,8 @@ SHORT = 0.4
 """Turns of a domain above its floor, and the fewest of one below it, against 1 for the one furthest below."""
 EXTRA_SHARE = 1.0
 """A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one: 6.5 times for twelve."""
+PACE_CHECKS = 2
+"""Checks over which a domain's pace towards its floor is taken; the first after the start does not count."""
 PROGRESS = 0.02
 """The sum of what domains lack to their floors, in shares of the floors, must fall by so much to count as progress."""
 ACTIVATION_BYTES = 40 << 30
@@ -67,8 +71,9 @@ class Recipe:
     seed: int = 0
 
     def interval(self, domains: int) -> int:
-        """Steps between the checks of a run over so many domains: evaluating many must not outweigh the training."""
-        return self.check_every * (1 + domains // 6)
+        """Steps between the checks of a run over so many domains: often, since joint runs may end at any; evaluating many
+        must not outweigh the training."""
+        return self.check_every if domains == 1 else max(1, self.check_every * (1 + domains // 6) // 2)
 
     def steps_of(self, domain: Domain) -> int:
         """The most optimizer steps of the domain's own adapter."""
@@ -84,20 +89,22 @@ class Recipe:
 class Task:
     """What a run does. domains: the order they came in; trained: those that give batches. floors: None trains to the cap.
 
-    start: the folder of the run whose adapter and head it goes on from. decode: without a head, whatever the domains say.
+    start: folders of the runs whose adapters and heads, merged, it goes on from. decode: without a head, whatever the
+    domains say.
     """
 
     domains: tuple[str, ...]
     trained: tuple[str, ...]
     cap: int
     floors: Mapping[str, float] | None = None
-    start: Path | None = None
+    start: tuple[Path, ...] = ()
     decode: bool = False
 
 
 @dataclass(frozen=True)
 class Result:
-    """scores: of every domain on the decide split. steps, seconds: of this run. history: (step, loss, accuracies).
+    """scores: of every domain on the decide split. steps, seconds: of this run. history: (step, loss since the last, if any,
+    accuracies).
 
     milestones: (step, domains held) of the checks at which more floors held than ever before.
     """
@@ -121,16 +128,18 @@ def read_result(folder: Path) -> Result | None:
 
 def load_run(bench: Workbench, folder: Path, domains: Sequence[str], seed: int) -> Head:
     """Put a run's adapter on the bench; a head for `domains` that knows what the run's head knew."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-    from safetensors.torch import load_file
+    return load_merged(bench, (folder,), domains, seed)
 
-    weights = load_peft_weights(str(folder / ADAPTER), device="cpu", use_safetensors=True)
-    set_peft_model_state_dict(bench.peft, weights)
+
+def load_merged(bench: Workbench, folders: Sequence[Path], domains: Sequence[str], seed: int) -> Head:
+    """The same of several runs at once, their adapters and heads merged (`engine.fusion.merged`)."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    adapters = [folder / ADAPTER for folder in folders]
+    weights = [load_peft_weights(str(folder), device="cpu", use_safetensors=True) for folder in adapters]
+    set_peft_model_state_dict(bench.peft, merged_factors(weights))
     head = new_head(bench, domains, seed)
-    path = folder / ADAPTER / FILE
-    if path.exists():
-        rows = json.loads((folder / ADAPTER / NAMES_FILE).read_text(encoding="utf-8"))["rows"]
-        head.copy_rows(rows, load_file(path))
+    merge_heads(head, adapters)
     return head
 
 
@@ -172,8 +181,8 @@ class _Run:
     def __init__(self, bench: Workbench, folder: Path, task: Task, recipe: Recipe, safe):
         self.bench, self.folder, self.task, self.recipe, self.safe = bench, folder, task, recipe, safe
         self.head: Head | None = None
-        if task.start is not None:
-            self.head = load_run(bench, task.start, task.domains, recipe.seed)
+        if task.start:
+            self.head = load_merged(bench, task.start, task.domains, recipe.seed)
         else:
             bench.reset(recipe.seed)
             self.head = None if task.decode else new_head(bench, task.domains, recipe.seed)
@@ -185,9 +194,15 @@ class _Run:
         self.state = {
             "step": 0, "owed": dict.fromkeys(task.trained, 0.0), "weight": dict(self.share),
             "history": [], "milestones": [], "best": [-1, 1e9, 1e9], "stale": 0, "seconds": 0.0, "stop": False, "scores": {},
+            "turns": dict.fromkeys(task.trained, 0), "gaps": {name: [] for name in task.trained},
         }  # fmt: skip
         self.started = time.monotonic()
         self.recent: list[torch.Tensor] = []
+
+    @property
+    def jointly(self) -> bool:
+        """True where several domains are trained until their floors hold."""
+        return self.task.floors is not None and len(self.task.trained) > 1
 
     @property
     def finished(self) -> bool:
@@ -207,6 +222,10 @@ class _Run:
         """One optimizer step, and at times a check."""
         state, recipe = self.state, self.recipe
         step = state["step"]
+        if step == 0 and self.jointly and self.task.start and not state["history"]:
+            self._check()
+            if state["stop"]:
+                return
         name = self._turn()
         rng = np.random.default_rng([recipe.seed, step])
         sample = self.bench.sample(name, "train")
@@ -241,6 +260,7 @@ class _Run:
             owed[name] += weight[name] / total
         chosen = max(owed, key=lambda name: owed[name])
         owed[chosen] -= 1
+        self.state["turns"][chosen] += 1
         return chosen
 
     def _check(self) -> None:
@@ -248,7 +268,8 @@ class _Run:
         if self.task.floors is None:
             self._note({})
             return
-        scores = {name: evaluate(self.bench, name, "decide", self.head) for name in self.task.domains}
+        kept = self.state["weight"] if self.jointly else self.task.domains
+        scores = {name: evaluate(self.bench, name, "decide", self.head) for name in kept}
         self._note(scores)
         short = {}
         for name, score in scores.items():
@@ -258,7 +279,7 @@ class _Run:
         held = len(names)
         lacking = sum(max(0.0, gap) for gap in short.values())
         state, (most, least, lowest) = self.state, self.state["best"]
-        loss = state["history"][-1][1]
+        loss = lowest if state["history"][-1][1] is None else state["history"][-1][1]
         learns = len(short) == 1 and loss < lowest * (1 - PROGRESS)  # before it shows: boxes are found late
         if held > max(most, 0):
             state["milestones"].append([state["step"], names])
@@ -269,18 +290,37 @@ class _Run:
         else:
             state["stale"] += 1
             state["stop"] = state["stale"] >= self.recipe.patience
-        for name in self.task.trained:
+        for name in state["weight"]:
             turns = max(SHORT, short[name] / worst) if short[name] > 0 else REPLAY
             state["weight"][name] = turns * self.share[name]
+        if self.jointly and not state["stop"]:
+            self._let_go(short)
+
+    def _let_go(self, short: Mapping[str, float]) -> None:
+        """Give up the domain that needs most, where all need more steps than are left. short: shares of floors that lack."""
+        state, needed = self.state, {}
+        for name, gap in short.items():
+            state["gaps"][name].append([state["turns"][name], gap])
+            seen = state["gaps"][name][1 if self.task.start else 0 :][-1 - PACE_CHECKS :]
+            if gap > 0 and len(seen) > PACE_CHECKS:
+                pace = (seen[0][1] - gap) / max(1, seen[-1][0] - seen[0][0])
+                needed[name] = gap / pace if pace > 0 else float("inf")
+        if sum(needed.values()) <= self.task.cap - state["step"]:
+            return
+        dropped = max(needed, key=lambda name: (needed[name], short[name]))
+        self.bench.log(f"{self._name()}: lets go of {dropped}")
+        for turns in (state["owed"], state["weight"]):
+            del turns[dropped]
+        state["stop"] = len(state["weight"]) < 2 or all(gap <= 0 for name, gap in short.items() if name != dropped)
 
     def _note(self, scores: Mapping[str, Score]) -> None:
-        loss = float(torch.stack(self.recent).mean()) if self.recent else float("nan")
+        loss = float(torch.stack(self.recent).mean()) if self.recent else None
         self.recent = []
         accuracies = {name: round(score.value, 4) for name, score in scores.items()}
         self.state["history"].append([self.state["step"], loss, accuracies])
         self.state["scores"] = {name: list(score) for name, score in scores.items()}
-        told = " ".join(f"{name} {value:.3f}" for name, value in accuracies.items())
-        self.bench.log(f"{self._name()}: step {self.state['step']}/{self.task.cap}, loss {loss:.3f} {told}")
+        told = f"step {self.state['step']}/{self.task.cap}" + (f", loss {loss:.3f}" if loss is not None else "")
+        self.bench.log(f"{self._name()}: {told} " + " ".join(f"{name} {value:.3f}" for name, value in accuracies.items()))
 
     def _save(self) -> None:
         now = time.monotonic()
@@ -293,7 +333,7 @@ class _Run:
     def close(self) -> Result:
         """Evaluate unless just done, write adapter, head and result, in this order, and drop the checkpoint."""
         state = self.state
-        if not state["stop"]:
+        if not state["stop"] or len(state["scores"]) < len(self.task.domains):
             self._note({name: evaluate(self.bench, name, "decide", self.head) for name in self.task.domains})
         unfinished, target = self.folder / f".{ADAPTER}.partial", self.folder / ADAPTER
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a GPU will be asked to capture, as far as a CPU can tell: it never waits, computes in bf16, and can be done without."""
+"""What a GPU will be asked to capture, as far as a CPU can tell: it never waits, computes in bf16, can be done without."""
 
 from __future__ import annotations
 

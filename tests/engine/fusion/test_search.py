@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine.fusion.search import Attempt, FloorError, exhaustive, fuse_in_order, search
+from engine.fusion.search import exhaustive, fuse_in_order, search
+from engine.fusion.trials import Attempt, FloorError
 
 STEPS = 100
 
@@ -24,7 +25,7 @@ class MadeUp:
         self._similarity = similarity
         self.asked = []
 
-    def attempt(self, order):
+    def attempt(self, order, parts=()):
         self.asked.append(order)
         found = dict(zip(order, self._accuracies([self.domains.index(d) for d in order]), strict=True))
         return Attempt(order, found, frozenset(d for d in order if found[d] >= 0.5), STEPS)
@@ -119,11 +120,13 @@ def test_where_order_matters_every_order_is_tried_before_giving_up():
         assert len(packing) == optimum(oracle)
 
 
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("family", [capacity, pairs, helpful_pairs, chaos, forgetting])
-def test_above_six_domains_never_more_adapters_than_the_heuristic(family):
+def test_above_six_domains_never_more_adapters_than_the_heuristic(family, alone):
     for seed in range(40):
         rng = np.random.default_rng([seed, 9])
         oracle = family(rng, int(rng.integers(7, 15)))
+        oracle.alone = frozenset(oracle.domains) if alone else frozenset()
         packing = search(oracle)
         assert_sound(packing, oracle)
         oracle.asked.clear()
@@ -149,12 +152,13 @@ def test_own_adapters_that_are_there_complete_a_packing_at_once():
     """Six of ten held together: with four own adapters a packing of five is known after one attempt, before one of less."""
     oracle = MadeUp(10, lambda t: [0.0 if len(t) > 4 and d > 5 else 1.0 for d in t])
     assert search(oracle, retries=0).steps_to == {2: 2 * STEPS}
-    oracle.alone = frozenset(oracle.domains)
+    oracle.alone = frozenset(oracle.domains) - {"a"}
     packing = search(oracle, retries=0)
     assert packing.steps_to == {5: STEPS, 2: 2 * STEPS}
     assert packing.first_steps(4) == 2 * STEPS
     attempt = oracle.attempt
-    oracle.attempt = lambda order: replace(attempt(order), milestones=((30, frozenset("ac")), (70, frozenset("abc"))))
+    stops = ((30, frozenset("ac")), (70, frozenset("abc")))
+    oracle.attempt = lambda order, parts=(): replace(attempt(order), milestones=stops)
     assert search(oracle, retries=0).steps_to == {9: 30, 8: 70, 5: STEPS, 2: 2 * STEPS}
     oracle.alone = frozenset("abcdefghi")
     assert search(oracle, retries=0).steps_to == {2: 2 * STEPS}
