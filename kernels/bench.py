@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from math import log
 from pathlib import Path
@@ -20,17 +19,17 @@ from time import perf_counter
 
 import numpy as np
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
 from kernels import results
 from kernels.atmm import atmm, resolve
 from kernels.baselines import OPERATORS, operator
 from kernels.batch import LONG, LoraBatch
+from kernels.measured import provenance
 from kernels.precompile import compile_all, in_parallel
 from kernels.results import Row
 from kernels.tiles import Shape, Tiling, lookup
-from kernels.timing import Point, World
+from kernels.timing import COPY_TB_S, MATMUL_TFLOP_S, Point, World
 
 H = 4096
 QKV = (H, H, H)
@@ -125,7 +124,9 @@ def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540
     print(f"{time.monotonic() - start:4.0f} s: our operator at {len(points)} points", file=sys.stderr)
     for phase in ("decode", "prefill"):
         rows += best_static(_static_points(points, phase))
-    header = provenance() | extras()
+    what = "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32"
+    floor = f"max(bytes / {COPY_TB_S} TB/s, flops / {MATMUL_TFLOP_S:.0f} TFLOP/s)"
+    header = {"what": what, **provenance("python -m kernels bench"), "floor_us": floor} | extras()
     if keep:
         rows += [row for row in results.read(keep) if row.operator in rivals]
         header["rivals kept"] = f"from {keep.name} of {results.header(keep).get('date')}"
@@ -156,18 +157,6 @@ def _warm(name: str, slices: int, rank: int) -> None:
             operator(name)(world.y, world.x, world.pool, world.batch, (0, "p"))
         except (torch.OutOfMemoryError, OutOfResources):
             continue  # the measurement says so
-
-
-def provenance() -> dict[str, str]:
-    """Where figures come from."""
-    return {
-        "what": "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32",
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
-        "command": "python -m kernels bench",
-        "floor_us": "max(bytes / 4.3 TB/s, flops / 790 TFLOP/s)",
-    }
 
 
 def extras() -> dict[str, str]:

@@ -6,12 +6,12 @@ It measures nothing.
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from kernels.batch import LoraError
+from kernels.measured import whole_file
 
 FOLDER = Path(__file__).parent / "results"
 PEERS = FOLDER / "peers_h200.csv"
@@ -53,17 +53,13 @@ class Row:
 
 def write(path: Path, rows: Iterable[Row], header: dict[str, str]) -> None:
     """A CSV with `# key: value` lines of provenance before it, whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    with part.open("w", newline="") as file:
+    with whole_file(path) as file:
         file.writelines(f"# {key}: {value}\n" for key, value in header.items())
         out = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         out.writeheader()
         for row in rows:
             times = {"us": f"{row.us:.3f}", "floor_us": f"{row.floor_us:.3f}", "behind_us": f"{row.behind_us:.3f}"}
             out.writerow(asdict(row) | times | {"error": f"{row.error:.1e}"})
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def read(path: Path) -> list[Row]:

@@ -14,18 +14,24 @@ from __future__ import annotations
 
 from kernels.target import INTERPRETED, device_name, has_dependent_launch, processors  # isort: skip  (before triton)
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
 
+from kernels.batch import LoraError
 from kernels.dependent import trigger, wait
 from kernels.launch import Launch, argument
 from kernels.pointwise import silu_mul
+from kernels.tiles import FOLDER as TILES_FOLDER
 
+FOLDER = TILES_FOLDER / "linears"
 BUCKETS = (16, 32, 64)
 """Rows of x are padded to the next of these."""
 BN = 64
@@ -45,26 +51,33 @@ class Tile:
     shared: int = 0
 
 
-MEASURED = "nvidia-h200"
-TILES: dict[tuple[int, int], tuple[Tile | None, Tile | None, Tile | None]] = {
-    (22016, 4096): (Tile(1, 6, 0), Tile(1, 3, 0), None),
-    (12288, 4096): (Tile(1, 3, 0), Tile(1, 4, 0), None),
-    (4096, 11008): (Tile(4, 3, 3), Tile(4, 3, 2), Tile(2, 4, 0)),
-    (4096, 4096): (Tile(4, 3, 3), Tile(2, 4, 2), Tile(2, 4, 0)),
-}
-"""(rows of W, K) -> the tile of each bucket; None where the library is as fast.
+Tiles = dict[tuple[int, int], dict[int, Tile | None]]
+"""(rows of W, K) -> bucket of rows -> the tile, None where torch's linear is as fast."""
 
-NVIDIA H200, 2026-11-24, torch 2.11.0, Triton 3.6.0; CUDA graph of 16 calls over 8 different weights, each call behind the
-small kernel that makes its x (RMSNorm or SiLU gate), both counted; microseconds a call, ours / the library's:
 
-    W               1 row        16 rows      32 rows      64 rows
-    22016 x 4096    45.7 / 48.1  46.8 / 47.8  47.4 / 48.6  50.9 / 50.3
-    12288 x 4096    27.0 / 29.8  27.9 / 30.1  27.8 / 30.4  30.8 / 30.5
-    4096 x 11008    24.0 / 28.4  25.8 / 29.1  27.3 / 28.4  29.1 / 31.1
-    4096 x 4096     10.8 / 13.4  11.8 / 13.7  12.6 / 14.0  13.4 / 13.8
+@cache
+def tiles(device: str) -> Tiles:
+    """The measured tiles of a device; none where `python -m kernels.skinny_bench --table` has not run.
 
-Gate and up (22016 x 4096) were timed without their gate, and no shape with even shares: `kernels.skinny_bench` does both.
-"""
+    LoraError that names the file and the entry for one that is not a table.
+    """
+    path = FOLDER / f"{device}.json"
+    return load(path) if path.exists() else {}
+
+
+def load(path: Path) -> Tiles:
+    """The tiles of a table file; LoraError as `tiles`."""
+    found, place = {}, "the file"
+    try:
+        for number, entry in enumerate(json.loads(path.read_text())["entries"]):
+            place = f"entry {number}"
+            if entry["bucket"] not in BUCKETS:
+                raise ValueError(f"bucket {entry['bucket']!r} is not among {BUCKETS}")
+            tile = entry["tile"] and Tile(**entry["tile"])
+            found.setdefault((entry["columns"], entry["depth"]), {})[entry["bucket"]] = tile
+    except (KeyError, TypeError, ValueError) as error:
+        raise LoraError(f"{path}: {place}: {error!r}; delete it and run `python -m kernels.skinny_bench --table`") from error
+    return found
 
 
 @triton.jit
@@ -279,8 +292,9 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return run(x, weight, None, tile, gate=True) if tile else silu_mul(functional.linear(x, weight))
 
 
-def _bucket(rows: int) -> int | None:
-    return next((i for i, bucket in enumerate(BUCKETS) if rows <= bucket), None)
+def bucket_of(rows: int) -> int:
+    """What 1 to 64 rows are padded to."""
+    return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
 def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
@@ -293,10 +307,9 @@ def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
 
 def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile | None:
     """The tile for so many rows and W [columns, depth], if any beat torch on this device."""
-    tiles, bucket = TILES.get((columns, depth)), _bucket(rows)
-    if tiles is None or bucket is None or not rows or dtype is not torch.bfloat16:
+    if INTERPRETED or dtype is not torch.bfloat16 or not 0 < rows <= BUCKETS[-1]:
         return None
-    return None if INTERPRETED or device_name() != MEASURED else tiles[bucket]
+    return tiles(device_name()).get((columns, depth), {}).get(bucket_of(rows))
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False,
@@ -306,7 +319,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: 
     beside: the launch just before lets its successor start only when x is complete, and is to run beside it. y: written to.
     """
     rows, (columns, depth) = len(x), weight.shape
-    tokens = BUCKETS[_bucket(rows)]
+    tokens = bucket_of(rows)
     key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, beside, x.device)
     plan = _PLANS.get(key)
     if plan is None:

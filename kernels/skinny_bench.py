@@ -1,27 +1,30 @@
 """Times linear layers of few rows against torch's, every tile, as a decode step pays for them.
 
 A CUDA graph of calls over different weights (cold in L2), each behind the RMSNorm that makes its x; both are counted, and
-behind gate and up their SiLU gate, which ours computes itself. It writes CSV to stdout, the fastest of a (shape, rows)
-first; torch's row has no tile. It knows shapes, no model's weights.
+behind gate and up their SiLU gate, which ours computes itself. CSV to stdout, the fastest of a (shape, rows) first; torch's
+row has no tile. --table writes what `kernels.skinny` looks up. It knows shapes, no model's weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import json
 import sys
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from itertools import product
+from pathlib import Path
 from statistics import median
 
 import torch
 import triton
 from torch.nn import functional
 
+from kernels.measured import provenance
 from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
-from kernels.skinny import BUCKETS, Tile, launch_of, run
+from kernels.skinny import Tile, bucket_of, launch_of, load, run
+from kernels.tiles import write_table
 from kernels.timing import COPY_TB_S
 
 SHAPES = {
@@ -32,7 +35,8 @@ SHAPES = {
 """(rows of W, K) of q, k, v together, o, gate and up together, down."""
 GATES = tuple(shapes[2] for shapes in SHAPES.values())
 COLD_BYTES = 128 << 20
-COLUMNS = ("columns", "depth", "rows", "split", "stages", "held", "shared", "us", "floor_us", "error")
+TILE_FIELDS = tuple(field.name for field in fields(Tile))
+COLUMNS = ("columns", "depth", "rows", *TILE_FIELDS, "us", "floor_us", "error")
 
 
 def candidates(columns: int) -> list[Tile]:
@@ -92,34 +96,77 @@ def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: s
         except triton.runtime.errors.OutOfResources:
             continue
         floor = weights[0].nbytes / COPY_TB_S / 1e6
-        sizes = (columns, depth, rows, *(astuple(tile) if tile else ("",) * 4))
+        sizes = (columns, depth, rows, *(astuple(tile) if tile else ("",) * len(TILE_FIELDS)))
         found.append((time_us(one, calls), (*sizes, f"{floor:.1f}", f"{error:.1e}")))
     found.sort(key=lambda row: row[0])
     return [dict(zip(COLUMNS, (*rest[:7], f"{us:.1f}", *rest[7:]), strict=True)) for us, rest in found]
 
 
+def entries_of(rows: list[dict]) -> list[dict]:
+    """Table entries of one shape's measured rows: a bucket's tile has the least sum of times over its numbers of rows."""
+    found = []
+    for bucket in sorted({bucket_of(row["rows"]) for row in rows}):
+        times: dict[tuple, dict[int, float]] = {}
+        for row in rows:
+            if bucket_of(row["rows"]) == bucket:
+                tile = tuple(row[name] for name in TILE_FIELDS)
+                times.setdefault(tile, {})[row["rows"]] = float(row["us"])
+        torch_us = times.pop(("",) * len(TILE_FIELDS))
+        whole = {tile: us for tile, us in times.items() if us.keys() == torch_us.keys()}
+        best = min(whole, key=lambda tile: sum(whole[tile].values()))
+        faster = sum(whole[best].values()) < sum(torch_us.values())
+        found.append({
+            "columns": rows[0]["columns"], "depth": rows[0]["depth"], "bucket": bucket, "rows": sorted(torch_us),
+            "us": [whole[best][count] for count in sorted(torch_us)],
+            "torch_us": [torch_us[count] for count in sorted(torch_us)],
+            "tile": dict(zip(TILE_FIELDS, best, strict=True)) if faster else None,
+        })  # fmt: skip
+    return found
+
+
+def write(path: Path, origin: dict, entries: list[dict]) -> None:
+    """A table of the entries, and of those for other shapes and buckets that the file has. LoraError if it is no table."""
+    fresh = {(entry["columns"], entry["depth"], entry["bucket"]) for entry in entries}
+    kept = []
+    if path.exists():
+        load(path)
+        old = json.loads(path.read_text())
+        kept = [entry for entry in old["entries"] if (entry["columns"], entry["depth"], entry["bucket"]) not in fresh]
+        if kept:
+            origin = origin | {"note": f"{len(kept)} of {len(kept) + len(entries)} entries are of {old['date']}"}
+    what = (
+        "fastest tile of each linear and bucket of rows, null where torch's linear is as fast; us and torch_us: one call of "
+        "so many rows in a CUDA graph, weights cold in L2, behind the small kernel that makes its x, both counted, for gate "
+        "and up the SiLU gate too"
+    )
+    write_table(path, origin | {"what": what}, kept + entries)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m kernels.skinny_bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", choices=SHAPES, nargs="+", default=list(SHAPES))
-    parser.add_argument("--rows", type=int, nargs="+", choices=range(1, 65), default=[1, 16, 32, 64], metavar="1..64")
+    parser.add_argument("--rows", type=int, nargs="+", choices=range(1, 65), default=[1, 8, 16, 32, 64], metavar="1..64")
+    parser.add_argument("--table", type=Path, help="write the fastest tiles to this file, those of other shapes kept")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("skinny_bench times a GPU and CUDA sees none here; run it on a machine that has one", file=sys.stderr)
         return 1
-    shapes = [shape for model in args.models for shape in SHAPES[model]]
-    buckets = {next(bucket for bucket in BUCKETS if rows <= bucket) for rows in args.rows}
+    shapes = list(dict.fromkeys(shape for model in args.models for shape in SHAPES[model]))
     in_parallel(precompile, [
         (*shape, tokens, *astuple(tile))
-        for shape in shapes for tokens in sorted(buckets) for tile in candidates(shape[0])
+        for shape in shapes for tokens in sorted({bucket_of(rows) for rows in args.rows}) for tile in candidates(shape[0])
     ])  # fmt: skip
-    print(f"# device: {torch.cuda.get_device_name()}")
-    print(f"# date: {datetime.datetime.now(datetime.UTC).date()}")
-    print(f"# versions: torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}")
-    print(f"# command: python -m kernels.skinny_bench {' '.join(arguments)}".rstrip())
-    print(",".join(COLUMNS))
-    for (columns, depth), rows in product(shapes, args.rows):
-        for row in shape_rows(columns, depth, rows, candidates(columns)):
-            print(",".join(map(str, row.values())), flush=True)
+    origin = provenance(f"python -m kernels.skinny_bench {' '.join(arguments)}".rstrip())
+    print("\n".join(f"# {key}: {value}" for key, value in origin.items()), ",".join(COLUMNS), sep="\n")
+    entries = []
+    for columns, depth in shapes:
+        measured = []
+        for rows in args.rows:
+            measured += shape_rows(columns, depth, rows, candidates(columns))
+            print("\n".join(",".join(map(str, row.values())) for row in measured if row["rows"] == rows), flush=True)
+        entries += entries_of(measured)
+        if args.table:
+            write(args.table, origin, entries)
     return 0
 
 

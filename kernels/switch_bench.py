@@ -13,10 +13,8 @@ nothing of what a real adapter does to a model.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +25,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from kernels.measured import provenance, whole_file
 from kernels.merge import FORMS, NO_SLOT, Factors, Tile, WeightSwitch, shared_bytes, switch_kernel
 
 MODELS = {  # layers, then (d_out, d_in) of q, k, v, o in each
@@ -248,27 +247,6 @@ def sweep_rows(model: str, ranks: Sequence[int], repeats: int) -> Iterator[dict]
         yield row(name, world, rank=rank, **timed(spans), moved_bytes=moved, error=error, launches=1)
 
 
-def provenance(argv: list[str]) -> list[str]:
-    """Header lines: device, date, versions and the command, folders left out of it."""
-    arguments = " ".join(Path(word).name if "/" in word else word for word in argv)
-    return [
-        f"# device: {torch.cuda.get_device_name()}",
-        f"# date: {datetime.datetime.now(datetime.UTC).date()}",
-        f"# versions: torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
-        f"# command: python -m kernels.switch_bench {arguments}",
-    ]
-
-
-def write(path: Path, lines: list[str]) -> None:
-    """All of the lines or nothing: a file beside it is written first, then takes its name."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def main(argv: list[str]) -> int:
     """Run the benchmark; CSV to stdout and to --out, progress to stderr. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kernels.switch_bench", description=__doc__.split("\n\n")[0])
@@ -282,13 +260,15 @@ def main(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         print("switch_bench times a GPU and CUDA sees none here; run it on a machine that has one", file=sys.stderr)
         return 1
-    lines = [*provenance(argv), ",".join(COLUMNS)]
+    origin = provenance(f"python -m kernels.switch_bench {' '.join(argv)}".rstrip())
+    lines = [*(f"# {key}: {value}" for key, value in origin.items()), ",".join(COLUMNS)]
     print("\n".join(lines))
     for values in all_rows(args):
         lines.append(",".join(map(str, values.values())))
         print(lines[-1], flush=True)
     if args.out:
-        write(args.out, lines)
+        with whole_file(args.out) as file:
+            file.write("\n".join(lines) + "\n")
     return 0
 
 

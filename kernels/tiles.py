@@ -15,6 +15,7 @@ from math import log2
 from pathlib import Path
 
 from kernels.batch import LONG, TILE_ROWS, LoraError
+from kernels.measured import whole_file
 from kernels.target import device_name
 
 FORMS = ("two", "one", "stream")
@@ -152,3 +153,10 @@ def entry_shape(entry: dict) -> Shape:
 def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:
     """One row of a table file; us: measured microseconds a call."""
     return asdict(shape) | {"us": round(us, 3), "tiling": asdict(tiling)}
+
+
+def write_table(path: Path, header: dict, entries: list[dict]) -> None:
+    """A table file: what is said of it, then an entry a line."""
+    rows = ",\n".join(json.dumps(entry) for entry in entries)
+    with whole_file(path) as file:
+        file.write(json.dumps(header, indent=1)[:-2] + f',\n "entries": [\n{rows}\n ]\n}}\n')

@@ -10,27 +10,25 @@ from __future__ import annotations
 import kernels.target  # isort: skip  # noqa: F401  (before triton: it may choose the interpreter)
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from math import inf, prod
 from pathlib import Path
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
 from kernels.atmm import atmm, resolve
 from kernels.batch import LONG, LoraBatch
 from kernels.launch import Launch
+from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.target import device_name
-from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load
+from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, write_table
 from kernels.timing import Point, World
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
@@ -249,21 +247,10 @@ def tune(
 
 
 def _write(path: Path, entries: list[dict]) -> None:
-    """The table with its provenance, whole or not at all."""
-    header = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "command": "python -m kernels tune",
+    """The table with its provenance."""
+    header = provenance("python -m kernels tune") | {
         "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, then back to back; the former "
         "by the product of its times with equal shares and with 60 % on one adapter; us: one call back to back, "
         "CUDA-graph replay, weights cold in L2",
     }
-    rows = ",\n".join(json.dumps(entry) for entry in entries)
-    text = json.dumps(header, indent=1)[:-2] + f',\n "entries": [\n{rows}\n ]\n}}\n'
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_table(path, header, entries)

@@ -1,5 +1,6 @@
 """Linear layers of few rows against torch: every form of the kernel, and which calls go to it."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,11 +9,14 @@ from triton.runtime.interpreter import interpreter_builder
 
 from kernels import launch as launching
 from kernels import skinny, skinny_bench
+from kernels.batch import LoraError
 from kernels.pointwise import silu_mul
-from kernels.skinny import TILES, Tile, gated, linear, run
+from kernels.skinny import Tile, gated, linear, run
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
+TABLE_FILES = sorted(skinny.FOLDER.glob("*.json"))
+TABLES = {shape: buckets for path in TABLE_FILES for shape, buckets in skinny.load(path).items()}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -90,13 +94,57 @@ def test_without_a_gpu_torch_computes():
 
 
 def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
-    for (columns, depth), tiles in TILES.items():
-        assert len(tiles) == len(skinny.BUCKETS)
+    for (columns, depth), buckets in TABLES.items():
+        assert tuple(buckets) == skinny.BUCKETS
         assert depth % 8 == columns % 16 == 0
-        for tile in filter(None, tiles):
+        for tile in filter(None, buckets.values()):
             blocks = -(-depth // (tile.split * skinny.BK))
             assert tile.held <= min(3, blocks)
             assert (tile.split - 1) * blocks * skinny.BK < depth, "no part is without columns"
+
+
+@pytest.mark.parametrize("path", TABLE_FILES, ids=lambda path: path.name)
+def test_a_shipped_table_says_where_it_comes_from_and_keeps_what_is_faster(path):
+    table = json.loads(path.read_text())
+    assert {"device", "date", "versions", "command", "what"} <= set(table)
+    for entry in table["entries"]:
+        assert len(entry["rows"]) == len(entry["us"]) == len(entry["torch_us"])
+        assert (sum(entry["us"]) < sum(entry["torch_us"])) == (entry["tile"] is not None), entry
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "the file: JSONDecodeError"), ("{}", "the file: KeyError('entries')"),
+        ('{"entries": [{"columns": 64, "depth": 64, "bucket": 7, "tile": null}]}', "entry 0: .*7 is not among"),
+        ('{"entries": [{"columns": 64, "depth": 64, "bucket": 16, "tile": {"width": 1}}]}', "entry 0: .*width"),
+    ],
+    ids=["no JSON", "no table", "a bucket that is none", "an unknown field"],
+)  # fmt: skip
+def test_a_file_that_is_no_table_is_named(tmp_path, monkeypatch, text, says):
+    monkeypatch.setattr(skinny, "FOLDER", tmp_path)
+    (tmp_path / "a-gpu.json").write_text(text)
+    with pytest.raises(LoraError, match=says.replace("(", r"\(").replace(")", r"\)")):
+        skinny.tiles.__wrapped__("a-gpu")
+    assert skinny.tiles.__wrapped__("another") == {}
+
+
+def test_the_bench_writes_what_is_looked_up_and_keeps_other_shapes(tmp_path):
+    def rows(columns, times):
+        return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, *tile, us, "1.0", "1e-6"), strict=True))
+                for count, tile, us in times]  # fmt: skip
+
+    torchs, first, second = ("",) * 4, (2, 3, 1, 0), (1, 4, 0, 2)
+    ours = rows(64, [(1, first, "1.0"), (1, second, "1.5"), (1, torchs, "2.0"),
+                     (16, first, "3.0"), (16, second, "2.0"), (16, torchs, "2.5"), (32, first, "3.0"), (32, torchs, "2.0")])
+    origin = {"device": "a GPU", "date": "2026-01-01", "versions": "v", "command": "c"}
+    path = tmp_path / "linears.json"
+    skinny_bench.write(path, origin, skinny_bench.entries_of(ours))
+    assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}}
+    again = rows(128, [(1, first, "1.0"), (1, torchs, "2.0")])
+    skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(again))
+    assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}, (128, 512): {16: Tile(*first)}}
+    assert json.loads(path.read_text())["note"] == "2 of 3 entries are of 2026-01-01"
 
 
 @interpreted
@@ -114,8 +162,8 @@ def test_the_bench_ranks_tiles_and_torch_and_proves_each(monkeypatch):
 
 
 def test_the_bench_tries_what_the_table_holds():
-    for (columns, _), tiles in TILES.items():
-        assert set(filter(None, tiles)) <= set(skinny_bench.candidates(columns))
+    for (columns, _), buckets in TABLES.items():
+        assert set(filter(None, buckets.values())) <= set(skinny_bench.candidates(columns))
 
 
 @pytest.fixture
@@ -148,11 +196,11 @@ def test_a_launch_passes_every_argument_of_the_kernel(on_a_gpu):
 @cuda
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 32, 33, 64])
-@pytest.mark.parametrize(("columns", "depth"), TILES, ids=str)
+@pytest.mark.parametrize(("columns", "depth"), TABLES, ids=str)
 def test_measured_shapes_on_the_gpu(columns, depth, rows):
     x, w, b = operands(rows, columns, depth, torch.bfloat16, bias=rows % 2, device="cuda")
     assert error(linear(x, w, b), x, w, b) < TOLERANCE[torch.bfloat16]
-    for tile in filter(None, TILES[columns, depth]):
+    for tile in filter(None, TABLES[columns, depth].values()):
         once = run(x, w, b, tile)
         assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
         assert all(torch.equal(run(x, w, b, tile), once) for _ in range(5))
@@ -160,7 +208,7 @@ def test_measured_shapes_on_the_gpu(columns, depth, rows):
         once = run(x, w, b, Tile(1, 3, 0, shared))
         assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
         assert all(torch.equal(run(x, w, b, Tile(1, 3, 0, shared)), once) for _ in range(5))
-    for tile in filter(None, (*TILES[columns, depth], Tile(1, 3, 0, 1))):
+    for tile in filter(None, (*TABLES[columns, depth].values(), Tile(1, 3, 0, 1))):
         once, apart = run(x, w, None, tile, gate=True), silu_mul(run(x, w, None, tile))
         assert torch.equal(once, apart) if not tile.shared else torch.allclose(once, apart, rtol=2e-2, atol=2e-2)
 
