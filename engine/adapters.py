@@ -100,7 +100,8 @@ class Loader:
         self._stream = self._staging = None
         if lora.pool.device.type == "cuda":
             self._stream = torch.cuda.Stream()
-            most = max((adapter.data.numel() for adapter in adapters if adapter is not None), default=0)
+            pieces = _pieces(lora.pool.projections, lora.pool.layers, lora.rank)  # one that comes later may be as large
+            most = sum(torch.Size(size).numel() for _, _, size in pieces)
             self._staging = torch.empty(most, dtype=lora.pool.dtype, device=lora.pool.device)
 
     def start(self, adapter: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ COLUMNS = ("completed", "cut off", "avg tok (ms)", "ttft (ms)", "tpot (ms)", "e2
 def campaign(args: argparse.Namespace) -> int:
     """The command; its exit code. CampaignError for a file or folder that it cannot work with."""
     began = time.monotonic()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CampaignError("a campaign runs in one process: start it without torchrun")
     cells = in_order(chosen(read_campaign(args.file, args.traces), args.only))
     if args.dry_run:
         print(plan_of(cells, (NEW_ENGINE_S, SAME_ENGINE_S)))

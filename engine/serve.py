@@ -107,6 +107,7 @@ class Session:
         self.model = model
         self._decoder = Decoder(model)
         self._engine: Engine | None = None
+        self._found: Adapters | None = None  # the engine's, lest another's get its id
         self._built_for: tuple = ()
 
     def measured(self, replay: Replay, policy: Policy, warmup: int, progress: Progress,
@@ -163,7 +164,7 @@ class Session:
         settings["notes"] += [f"adapter {name} was left out: {reason}" for name, reason in replay.found.reasons.items()]
         result = record(driver, trace, settings, operator=engine.operator, page_bytes=engine.page_bytes, parts=parts)
         engine.renew(config, policy)  # plain weights again, for whoever comes next
-        self._engine, self._built_for = engine, self._needs(replay, policy)
+        self._engine, self._found, self._built_for = engine, replay.found, self._needs(replay, policy)
         return result
 
 
@@ -243,6 +244,8 @@ def model_of(args: argparse.Namespace) -> Model:
         raise ModelError("--dtype float32: the GPU's attention kernels take bfloat16 and float16")
     if device == "cpu" and dtype != torch.float32:
         raise ModelError(f"--dtype {args.dtype}: on a CPU the kernels are interpreted, which is right in float32 only")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # Triton launches on the current one
     return load_model(args.model, dtype=dtype, device=device, seed=args.seed)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 
+import torch
+
 from kernels import branch, stream
 from kernels.launch import Launch
 
@@ -64,5 +66,13 @@ def in_parallel(work: Callable, jobs: list[tuple]) -> list:
 
 @cache
 def _workers() -> ProcessPoolExecutor:
-    """Started once, for each has torch to import; they end with this process."""
-    return ProcessPoolExecutor(os.cpu_count() or 1, mp_context=multiprocessing.get_context("spawn"))
+    """Started once, for each has torch to import; they end with this process. On this process's GPU, and as many as its
+    share of the cores where torchrun started several."""
+    count = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _take_device, (device,))
+
+
+def _take_device(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
