@@ -122,14 +122,16 @@ def name_ticks(axes, names: Sequence[str], room: int = 38) -> None:
 
 def plain_log(axis) -> None:
     """A logarithmic axis with few plain numbers (0.1, 2, 5) instead of powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = sorted(axis.get_view_interval())
     ratio = high / low if low > 0 else 10.0
-    widest = 100 if axis.axis_name == "y" else 40  # labels side by side need more room
-    steps = ((3, (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)), (12, (1, 2, 3, 4, 5, 7)), (widest, (1, 2, 5)))
-    subs = next((subs for most, subs in steps if ratio < most), (1,))
-    axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
+    if ratio < 3:
+        axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)))
+    else:
+        widest = 100 if axis.axis_name == "y" else 60  # labels side by side need more room
+        subs = next((subs for most, subs in ((12, (1, 2, 3, 4, 5, 7)), (widest, (1, 2, 5))) if ratio < most), (1,))
+        axis.set_major_locator(LogLocator(base=10, subs=subs, numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -95,7 +95,9 @@ def ablations(rows: Sequence[dict], directory: str | Path) -> list[Path]:
             cells.grid(axis="x", **GRID)
             cells.set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
-        footer(figure, provenance(run for panel in found for run in panel.runs))
+        seeds = max((n for ratio in ratios for *_, n in ratio.values()), default=0)
+        note = f"mean over {seeds} seeds, each against itself, bars: 95\u00a0% confidence"
+        footer(figure, f"{provenance(run for panel in found for run in panel.runs)}; {note}")
         return save(figure, numbers, HEADER, Path(directory) / "ablations")
 
 
