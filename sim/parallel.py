@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -71,6 +72,7 @@ def on_ray(task: Callable[[Any, Any], Outcome], address: str, shared: Callable[[
     import sim
     import traces
 
+    _reach(address)
     try:
         # The cluster runs this version of the program, whatever is installed there.
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING,
@@ -94,6 +96,16 @@ def on_ray(task: Callable[[Any, Any], Outcome], address: str, shared: Callable[[
             yield _ended(ray, running)
 
     return work
+
+
+def _reach(address: str) -> None:
+    """Fail at once where nobody listens at HOST:PORT: Ray would try for a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"--ray {address}: nobody answers ({error}); start a cluster with `ray start --head`") from None
 
 
 def _ended(ray, running: dict[Any, Any]) -> tuple[Any, Outcome]:

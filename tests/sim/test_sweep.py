@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,16 @@ def test_without_ray_a_cluster_is_refused_in_words(grid, capsys, monkeypatch):
         run(grid(), "--ray", "auto")
     assert code.value.code == 2
     assert "pip install 'valora[ray]'" in capsys.readouterr().err
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(grid, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", types.ModuleType("ray"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]  # free again when the block ends
+    with pytest.raises(SystemExit) as code:
+        run(grid(), "--ray", f"127.0.0.1:{port}")
+    assert code.value.code == 2
+    assert f"--ray 127.0.0.1:{port}: nobody answers" in capsys.readouterr().err
 
 
 def test_set_gives_an_option_one_value(grid, tmp_path, capsys):
