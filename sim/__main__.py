@@ -168,6 +168,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolicyError as error:  # a plug-in that is no policy, even if nobody asked for it
         print(f"python -m sim: error: {error}", file=sys.stderr)
         return 2
+    if words and not words[0].startswith("-"):
+        known = f"commands are {', '.join(COMMANDS)}; without one, options begin with --"
+        parser.error(f"unknown command {words[0]!r}{near(words[0], COMMANDS)}; {known}")
     args = parser.parse_args(arguments)
     try:
         run(args)

@@ -19,6 +19,16 @@ def near(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {folded[close[0]]!r}?)" if close else ""
 
 
+ELSEWHERE = {
+    "--request-rate": "--rate", "--num-prompts": "--max-requests", "--max-concurrency": "--closed-loop",
+    "--dataset-path": "--trace", "--result-dir": "--output", "--save-result": "--output",
+    "--lora-assignment": "--adapter-assign", "--max-num-seqs": "--max-batch",
+    "--max-num-batched-tokens": "--max-batch-tokens", "--block-size": "--page-tokens",
+    "--data-parallel-size": "--gpus", "--replay-speedup": "--time-scale",
+}  # fmt: skip
+"""What other serving benchmarks call an option -> what it is here."""
+
+
 class SuggestingParser(argparse.ArgumentParser):
     """argparse, but an unknown flag or choice names the near one; one line on stderr, exit code 2.
 
@@ -43,7 +53,10 @@ class SuggestingParser(argparse.ArgumentParser):
         return parsed
 
     def _unknown(self, argument: str) -> str:
-        hint = near(argument.split("=", 1)[0], self._all_flags()) if argument.startswith("-") else ""
+        flag, flags = argument.split("=", 1)[0], self._all_flags()
+        hint = near(flag, flags) if argument.startswith("-") else ""
+        if ELSEWHERE.get(flag) in flags:
+            hint = f" (here it is {ELSEWHERE[flag]})"
         return f"unknown argument {argument!r}{hint or f'; {self.prog} --help lists the known ones'}"
 
     def error(self, message: str):

@@ -299,3 +299,10 @@ def test_real_traces_under_all_policies(call, tmp_path):
         assert code == 0, err
         for result in read_results(tmp_path / name):
             assert np.isin(result.requests["status"], (0, 2)).all()
+
+
+def test_a_misspelt_command_is_answered(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["sweeep", "grid.yaml"])
+    assert exit_.value.code == 2
+    assert "unknown command 'sweeep' (did you mean 'sweep'?); commands are sweep, capacity" in capsys.readouterr().err

@@ -90,6 +90,8 @@ def test_the_traces_own_adapters_come_first(tmp_path):
     ("argv", "message"),
     [
         (["--tracee", "x"], "unknown argument '--tracee' (did you mean '--trace'?)"),
+        (["--request-rate", "4"], "unknown argument '--request-rate' (here it is --rate)"),
+        (["--num-prompts=9"], "unknown argument '--num-prompts=9' (here it is --max-requests)"),
         (["--workload", "retreival"], "(did you mean 'retrieval'?)"),
         (["--trace-format", "asure"], "(did you mean 'azure'?)"),
         (["--arrivals", "valora-sampl:4"], "(did you mean 'valora-sample'?)"),
