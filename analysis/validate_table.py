@@ -25,20 +25,22 @@ from analysis.validate import (
     swapped,
     target_of,
 )
-from traces.record import summarize
+from traces.record import RunResult, duration_s, summarize
 
 STEPS = ("step_median", "step_p95")
 """Sizes of single steps' errors; like METRICS in percent."""
-FACTS = ("replay", "model", "policy", "load", "requests", "cut off")
+FACTS = ("replay", "model", "policy", "busy", "in flight", "requests", "cut off")
 HEADS = (*(f"{name} {statistic}" for name in LATENCIES for statistic in STATISTICS), "avg tok", "req/s", "tok/s",
          "step median", "step p95")  # fmt: skip
 
 
 class Row(NamedTuple):
-    """One replay under one policy. errors: by METRICS and STEPS, percent, signed; None where either side has no value."""
+    """One replay under one policy. busy: share of the time that the engine computed; in_flight: requests in the system, mean
+    over the time. errors: by METRICS and STEPS, percent, signed; None where either side has no value."""
 
     pair: Pair
-    load: float
+    busy: float
+    in_flight: float
     requests: int
     unfinished: int
     errors: dict[str, float | None]
@@ -47,8 +49,8 @@ class Row(NamedTuple):
     def facts(self) -> list[str]:
         """The cells before the errors, under FACTS."""
         engine = self.pair.engine
-        return [self.pair.replay, str(engine.config["model"]), engine.policy, f"{self.load:.2f}", str(self.requests),
-                str(self.unfinished)]  # fmt: skip
+        return [self.pair.replay, str(engine.config["model"]), engine.policy, f"{self.busy:.2f}", f"{self.in_flight:.1f}",
+                str(self.requests), str(self.unfinished)]  # fmt: skip
 
 
 def rows_of(found: Sequence[Pair]) -> list[Row]:
@@ -58,8 +60,15 @@ def rows_of(found: Sequence[Pair]) -> list[Row]:
         summary = summarize(pair.engine)
         every = [row for row in step_errors(pair.engine, pair.simulated) if row.kind == "all"]
         steps = dict(zip(STEPS, (every[0].median, every[0].p95) if every else (None, None), strict=True))
-        rows.append(Row(pair, load_of(pair.engine), summary["requests"], summary["unfinished"], errors(pair) | steps))
+        load = load_of(pair.engine), in_flight(pair.engine)
+        rows.append(Row(pair, *load, summary["requests"], summary["unfinished"], errors(pair) | steps))
     return rows
+
+
+def in_flight(run: RunResult) -> float:
+    """Requests that had arrived and not ended, mean over the run: few in a light load, the whole batch near saturation."""
+    table, seconds = run.requests, duration_s(run)
+    return float((table["finish_ns"] - table["arrival_ns"]).sum()) / 1e9 / seconds if seconds else 0.0
 
 
 def goal_of(column: str) -> float:
@@ -133,8 +142,8 @@ def as_csv(rows: Sequence[Row]) -> str:
     """One line a replay, policy and metric: both values, the error and its goal in percent."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(("replay", "model", "policy", "load", "requests", "unfinished", "metric", "engine", "simulator",
-                     "error_percent", "goal_percent"))  # fmt: skip
+    writer.writerow(("replay", "model", "policy", "busy", "in_flight", "requests", "unfinished", "metric", "engine",
+                     "simulator", "error_percent", "goal_percent"))  # fmt: skip
     for row in rows:
         theirs, ours = summarize(row.pair.engine), summarize(row.pair.simulated)
         for column in (*METRICS, *STEPS):

@@ -33,7 +33,7 @@ def expected_s(cell: Cell, trace: Trace, profile: Profile) -> float:
 
 
 def simulated(cell: Cell, trace: Trace, profile: Profile) -> tuple[float, int, float]:
-    """(seconds, requests cut off, share of the time that the GPU is busy) of a cell, by a profile."""
+    """(seconds, requests cut off, requests in flight on average) of a cell, by a profile."""
     args, policy = cell.args, cell.policy
     trace = stripped(trace, policy)
     cost = Cost(profile, args.operator or policy.operator, "fused", trace.adapters, policy.name)
@@ -50,25 +50,26 @@ def simulated(cell: Cell, trace: Trace, profile: Profile) -> tuple[float, int, f
     end_s = max(driver.last_ps // PS_PER_NS, driver.last_arrival_ns) / 1e9
     run = result([journal], policy=policy.name, operator="", counters={"end_ns": 0}, config={})
     cut = int((run.requests["status"] == STATUS.index("unfinished")).sum())
-    return end_s, cut, sum(journal.where_ns.values()) / 1e9 / end_s if end_s else 0.0
+    inside = float((run.requests["finish_ns"] - run.requests["arrival_ns"]).sum()) / 1e9
+    return end_s, cut, inside / end_s if end_s else 0.0
 
 
 def plan_of(cells: Sequence[Cell], setup_s: tuple[float, float]) -> str:
     """The table of `--dry-run`, in the order in which cells would run. setup_s: of a new engine, of one that is there."""
-    rows = [("replay/policy", "requests", "span (s)", "replay (s)", "cut off", "GPU busy", "with setup (s)")]
+    rows = [("replay/policy", "requests", "span (s)", "replay (s)", "cut off", "in flight", "with setup (s)")]
     total, models, before = 0.0, [], None
     for cell in cells:
         args = cell.args
         profile = profile_for(args.profile, args.model)
         context = args.max_context or min(MOST_CONTEXT, profile.max_context)
         trace = with_slo(load_trace(args, replace(profile, max_context=context)), parse_goodput(args.goodput))
-        seconds, cut, busy = simulated(cell, trace, profile)
+        seconds, cut, inside = simulated(cell, trace, profile)
         whole = seconds + setup_s[before == engine_key(cell)]
         before, total = engine_key(cell), total + whole
         if cell.model not in models:
             models.append(cell.model)
         span = int(trace.arrival_ns[-1]) / 1e9 if len(trace) else 0.0
-        rows.append((cell.name, f"{len(trace)}", f"{span:.1f}", f"{seconds:.1f}", f"{cut}", f"{busy:.0%}", f"{whole:.0f}"))
+        rows.append((cell.name, f"{len(trace)}", f"{span:.1f}", f"{seconds:.1f}", f"{cut}", f"{inside:.1f}", f"{whole:.0f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
              for row in rows]  # fmt: skip

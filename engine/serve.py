@@ -1,7 +1,8 @@
 """`replay`: a trace through one or several policies on one model, from the options to tables and files.
 
 The model is built once; each policy gets an engine of its own, is warmed up with the first requests, and then replays the
-trace on the wall clock. A signal ends the replay; what has finished is written. It decides nothing.
+trace on the wall clock; its record is written before the next one begins. A signal ends the replay; what has finished is
+written. It decides nothing.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from policies.profile import Profile, ProfileError, load_profile
 from policies.view import Limits
 from traces.options import load_trace, with_slo
 from traces.publish import publish
-from traces.record import RunResult, parse_goodput
+from traces.record import RunResult, parse_goodput, summarize
 from traces.request import Trace
-from traces.result_files import check_target
+from traces.result_files import check_target, write_results
 
 PROFILES = Path(__file__).parent.parent / "sim" / "profiles"
 MOST_CONTEXT = 4096
@@ -67,6 +68,7 @@ def replay(args: argparse.Namespace) -> int:
         print(f"adapter {name}: left out, its requests will fail: {reason}", file=sys.stderr)
     print(f"model, trace and adapters ready after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     results: list[RunResult] = []
+    names = [adapter.name for adapter in trace.adapters]
     served = Replay(config, trace, profile, found)
     session = Session(model, world, args.router)
     with Signals() as signals:
@@ -75,14 +77,16 @@ def replay(args: argparse.Namespace) -> int:
                 result = session.measured(served, policy, args.warmup, progress, signals)
             if result is not None:
                 results.append(result)
+                if args.output:  # a machine may be taken away before the last policy
+                    summaries = {run.policy: summarize(run, goodput) for run in results}
+                    write_results(args.output, results, summaries, names, overwrite=True)
             if signals.asked:
                 break
     if baseline and results and not signals.asked:
         del session  # its memory is wanted
         against_peft(results, model, trace, args.closed_loop, args.baseline_steps)
     if results:
-        names = [adapter.name for adapter in trace.adapters]
-        publish(results, names, goodput, output=args.output, overwrite=args.overwrite, with_adapters=args.per_adapter)
+        publish(results, names, goodput, output=args.output, overwrite=True, with_adapters=args.per_adapter)
     if signals.asked and first:
         print(f"interrupted; {'what had finished is in' if results else 'there was not yet'} a result", file=sys.stderr)
     return 130 if signals.asked else 0

@@ -27,7 +27,7 @@ def pair(result):
 
 def row(pair, **errors):
     known = dict.fromkeys((*METRICS, *STEPS), 0.5) | errors
-    return Row(pair, 0.5, 60, 0, known)
+    return Row(pair, 0.5, 3.25, 60, 0, known)
 
 
 def test_the_table_ends_with_the_worst_its_goal_and_how_many_are_within(pair):
@@ -35,12 +35,12 @@ def test_the_table_ends_with_the_worst_its_goal_and_how_many_are_within(pair):
             row(pair("near", "valora"), mean_ttft_ms=None)]  # fmt: skip
     head, first, _, third, worst_row, goal, within = table(rows)
     ttft, p95 = head.index("ttft mean"), head.index("step p95")
-    assert first[:6] == ["light", "llava-1.5-7b", "valora", "0.50", "60", "0"]
+    assert first[:7] == ["light", "llava-1.5-7b", "valora", "0.50", "3.2", "60", "0"]
     assert [line[ttft] for line in (first, third, worst_row, goal, within)] == ["-3.4!", "-", "-3.4!", "3", "1/2"]
     assert [line[p95] for line in (first, third, worst_row, goal, within)] == ["6.5!", "0.5", "6.5!", "6", "2/3"]
     assert worst(rows, "p99_ttft_ms") == 0.5
     said = markdown(rows)
-    assert "| light | llava-1.5-7b | valora | 0.50 | 60 | 0 | **-3.4** |" in said
+    assert "| light | llava-1.5-7b | valora | 0.50 | 3.2 | 60 | 0 | **-3.4** |" in said
     assert "!" not in said
     assert "ttft mean" in text(rows)
 
