@@ -175,14 +175,25 @@ def _tables(inputs: Inputs, found: dict[str, dict]) -> list[str]:
             parts.append(page.paragraph(f"and {len(rows) - MOST_CLAIMS} rows more."))
     for path in inputs.capacities:
         document = read_capacity(path)
-        rows = [
-            (a["policy"], str(a["gpus"]), a["router"] if a["gpus"] > 1 else "-", _load(a["low"]), _load(a["high"]),
-             ", ".join(a["high"]["broken"]) if a["high"] else a["remark"])
-            for a in document["answers"]
-        ]  # fmt: skip
-        header = ("Policy", "GPUs", "Router", "Holds (requests/s)", "Fails at (requests/s)", "Because of")
+        header, rows = _capacity_rows(document)
         parts += [page.heading(f"What holds {document['slo']}"), page.table(header, rows)]
     return parts
+
+
+def _capacity_rows(document: dict) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a search: the rates that hold, or for a load the GPUs that do."""
+    rows = []
+    for a in document["answers"]:
+        why = ", ".join(a["high"]["broken"]) if a["high"] else a["remark"]
+        if document["load"] is not None:
+            needs, fails = ("-" if probe is None else str(probe["gpus"]) for probe in (a["low"], a["high"]))
+            rows.append((a["policy"], a["router"], needs, fails, why))
+        else:
+            router = a["router"] if a["gpus"] > 1 else "-"
+            rows.append((a["policy"], str(a["gpus"]), router, _load(a["low"]), _load(a["high"]), why))
+    if document["load"] is not None:
+        return ("Policy", "Router", f"GPUs for {document['load']:g} requests/s", "Fails with", "Because of"), rows
+    return ("Policy", "GPUs", "Router", "Holds (requests/s)", "Fails at (requests/s)", "Because of"), rows
 
 
 def _load(probe: dict | None) -> str:

@@ -167,6 +167,20 @@ def test_routers_say_why_they_fail(capacity, tmp_path):
         draw([capacity], tmp_path, ["routers"])
 
 
+def test_gpus_for_a_load_are_drawn_too(capacity, tmp_path):
+    document = json.loads(capacity.read_text())
+    one, two = document["answers"][1], document["answers"][0]
+    document |= {"load": 36.0, "answers": [one | {"high": two["high"]}]}
+    load = tmp_path / "load.json"
+    load.write_text(json.dumps(document))
+    words, rows = drawn([load], tmp_path, "routers")
+    assert "GPUs that hold the SLO at 36 requests/s" in words
+    assert "what breaks with one GPU less" in words
+    assert [(row["policy"], row["router"], row["gpus"]) for row in rows] == [("valora", "affinity", "4")]
+    with pytest.raises(ResultError, match="drawn together"):
+        draw([load, capacity], tmp_path, ["routers"])
+
+
 def test_profiles_stand_above_one_another_and_the_paper_at_the_foot(sweep, tmp_path):
     path = sweep({"rate": [2.0, 4.0], "profile": ["h200-llava-1.5-7b", "elsewhere/a100-80gb-llava-1.5-7b.json"]})
     words, rows = drawn([path], tmp_path, "rate")

@@ -87,6 +87,16 @@ def test_the_same_results_give_the_same_page(report, results):
     assert report(results) == report(results)
 
 
+def test_a_load_is_answered_in_gpus(report, capacity, tmp_path):
+    document = json.loads(capacity.read_text())
+    document |= {"load": 36.0, "answers": document["answers"][1:2]}
+    path = tmp_path / "load.json"
+    path.write_text(json.dumps(document))
+    text = " ".join(" ".join(Outline(report(path, whole=True)).text).split())
+    assert "36 requests/s under p99_ttft<1s take 4 GPUs with valora." in text
+    assert "GPUs for 36 requests/s" in text
+
+
 def test_the_best_of_a_row_is_marked(report, results):
     text = report(results)
     row = re.search(r"<tr><td>Mean TTFT \(ms\)</td>(.*?)</tr>", text).group(1)
