@@ -323,4 +323,5 @@ def capture(stage: Stage, sizes: tuple[list[int], list[int]], *, everything: boo
         graphs.capture((PLAIN, BRANCHED))
         if everything:
             graphs.capture((MIXED,), wanted)
-            runner.vision.capture()
+    if everything:
+        runner.vision.capture()

@@ -1,6 +1,7 @@
 """The engine on a GPU: kernels, graphs and asynchronous loads give what the CPU's plain torch gives."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -139,3 +140,47 @@ def test_adapters_that_move_together_while_others_load_stay_right(trace, profile
         engine.runner.lora.evict_all()
     assert moves
     assert max(float((seen[96][r] - row).abs().max()) for r, row in seen[12 * 48].items()) < 0.05
+
+
+@pytest.fixture
+def profile_file(tmp_path, profile):
+    """What policies predict with meanwhile, as a file."""
+    values = dataclasses.asdict(profile)
+    del values["name"], values["sha256"]
+    (tmp_path / "made-up.json").write_text(json.dumps(values))
+    return tmp_path / "made-up.json"
+
+
+def test_a_profile_of_all_operators_times_steps_by_graphs_only(profile_file, tmp_path, monkeypatch):
+    from engine.__main__ import main
+    from engine.rows_file import RowsFile
+    from policies.profile import load_profile
+
+    monkeypatch.setattr("engine.stage.POINT_S", 0.01)
+    out = tmp_path / "tiny.json"
+    assert main(["profile", "--model", "tiny-llava", "--out", str(out), "--profile", str(profile_file), "--ranks", "16",
+                 "--adapters", "4", "--max-batch", "8", "--max-batch-tokens", "64", "--max-context", "256", "--quick",
+                 "--host-seconds", "0.3"]) == 0  # fmt: skip
+    assert set(load_profile(out).lora) == {"atmm", "slora", "punica", "dlora", "vllm"}
+    rows = RowsFile(tmp_path / "tiny.json.rows.jsonl").rows
+    assert not [key for key, row in rows.items() if row["what"] == "left out" and key.startswith(("lora", "mixture"))]
+    plain = {key: row["plain_us"] for key, row in rows.items() if "plain_us" in row}
+    for operator in ("slora", "punica", "dlora", "vllm"):
+        ratios = [plain[key.replace("atmm", operator)] / us for key, us in plain.items() if key.startswith("lora atmm ")]
+        assert np.median(ratios) < 3, f"{operator}: steps without its branch were launched kernel by kernel"
+
+
+def test_a_campaign_builds_an_engine_once_and_serves_on(profile_file, tmp_path, capsys):
+    from engine.__main__ import main
+    from traces.result_files import read_results
+
+    (tmp_path / "c.yaml").write_text(
+        "defaults: {model: tiny-llava, policy: [valora, punica], adapters: 3, ranks: 16, max-requests: 24, rate: 60, "
+        "clip: true, max-context: 256, max-batch: 8, max-batch-tokens: 64, profile: made-up.json}\n"
+        "replays:\n  a: {adapter-assign: 'share:0.8'}\n  b: {adapter-assign: uniform, drain: 60}\n"
+    )
+    assert main(["campaign", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert said.count("valora: warmed up") == said.count("punica: warmed up") == 2
+    for run in [run for name in "ab" for run in read_results(tmp_path / "out" / name)]:
+        assert (run.requests["status"] == 0).all(), (run.policy, run.config["notes"])
