@@ -33,8 +33,7 @@ from traces.result_files import ResultError
 
 EXIT_FAILED, EXIT_TIME, EXIT_SIGNAL = 1, 75, 130
 NEW_ENGINE_S, SAME_ENGINE_S = 15.0, 2.0
-"""Allowed for until a cell's clock starts. On an H200 valora's graphs were ready after 9 s, and after 28 with
-all kernels to compile."""
+"""Allowed for until a cell's clock starts: on an H200 valora's graphs took 9 s, and 28 with kernels to compile."""
 COLUMNS = ("completed", "cut off", "avg tok (ms)", "ttft (ms)", "tpot (ms)", "e2el (ms)", "tok/s")
 
 
@@ -108,6 +107,13 @@ class Run:
         for cell in self.cells:
             if cell not in missing:
                 print(facts(cell.name, self.records.entries(cell)[cell.policy.name]["summary"]))
+        code = self._run(missing)
+        for line in self.failed:
+            print(f"failed   {line}", file=sys.stderr)
+        return code or (EXIT_FAILED if self.failed else 0)
+
+    def _run(self, missing: list[Cell]) -> int:
+        """The cells in turn; the exit code where something ends the call before all had their turn, else 0."""
         for number, cell in enumerate(missing):
             said = f"[{len(self.cells) - len(missing) + number + 1}/{len(self.cells)}] {cell.name}"
             try:
@@ -121,9 +127,7 @@ class Run:
             if lost:
                 print("the GPU's context is lost; the same command goes on in a new process", file=sys.stderr)
                 return EXIT_FAILED
-        for line in self.failed:
-            print(f"failed   {line}", file=sys.stderr)
-        return EXIT_FAILED if self.failed else 0
+        return 0
 
     def _missing(self, *, overwrite: bool) -> list[Cell]:
         """Cells without a record. CampaignError for records of other options, unless they may be overwritten."""
