@@ -72,6 +72,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         validate(args)
         return
     directories = list(dict.fromkeys(args.directories))
+    for path in directories:
+        if Path(path).is_file():
+            raise ResultError(f"{path}: compare takes directories; of a file `python -m analysis figures --in {path}` draws")
     if args.out and not args.plot:
         parser.error("--out says where --plot draws; add --plot")
     if args.plot and len(directories) > 1 and not args.out:

@@ -179,15 +179,16 @@ def draw(
         if not getattr(inputs, FIGURES[name].needs):
             raise ResultError(f"figure {name} is drawn from {FIGURES[name].needs}, and there are none among the inputs")
     names = possible(inputs) if only is None else only
-    drawn, last = {}, ResultError("nothing to draw: no setting but the policy varies in these inputs")
+    drawn, left = {}, {}
     for name in names:
         try:
             drawn[name] = FIGURES[name].draw(inputs, Path(out))
         except ResultError as error:
             if only is not None or skipped is None:
                 raise
-            skipped(f"{name}: not drawn: {error}")
-            last = error
+            left[name] = str(error)
     if not drawn:
-        raise last
+        raise ResultError("; ".join(left.values()) or "nothing to draw: no setting but the policy varies in these inputs")
+    for name, why in left.items():
+        skipped(f"{name}: not drawn: {why}")
     return drawn

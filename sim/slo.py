@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sim.sweep_table import KNOWN
+from traces.record import LATENCIES, STATISTICS
 from traces.suggest import near
 
 _FORM = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+.\deE]*?)\s*(ms|s|%)?\s*")
@@ -49,6 +50,11 @@ def _objective(part: str) -> Objective:
     name, sign, number, unit = match.groups()
     keys = [key for key in (name, f"{name}_ms", f"{name}_s") if key in KNOWN]
     if not keys:
+        statistic, _, latency = name.rpartition("_")
+        if latency in LATENCIES:
+            kind = f"statistic {statistic!r} is none of" if statistic else "which statistic?"
+            there = ", ".join(f"{known}_{latency}" for known in STATISTICS)
+            raise ValueError(f"--slo {part.strip()!r}: {kind} {there}")
         names = [*KNOWN, *(key.removesuffix("_ms") for key in KNOWN)]
         raise ValueError(f"--slo {part.strip()!r}: unknown metric {name!r}{near(name, names)}; one of {', '.join(KNOWN)}")
     key = keys[0]

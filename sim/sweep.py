@@ -1,6 +1,6 @@
 """`python -m sim sweep GRID.yaml`: every run of a grid, on all cores or on a Ray cluster, kept as each of them ends.
 
-Results go to an append-only log (GRID.jsonl), one synced line a run, keyed by what the run depends on: killed at any moment
+Results go to an append-only log, one synced line a run, keyed by what the run depends on: killed at any moment
 and started again, the sweep goes on and ends with the same table. The table, mean and 95 % confidence interval over the
 seeds, goes to stdout and as CSV beside the log; progress and errors to stderr. Exit codes: 0, 1 (some runs failed; the
 others are kept), 2 (bad input), 130 (interrupted).
@@ -39,7 +39,8 @@ def build_parser() -> SuggestingParser:
         "--set", action="append", default=[], metavar="OPTION=VALUE",
         help="one value for an option, whatever the grid says, e.g. profile=h200 or model=llava-1.5-7b; may be repeated",
     )  # fmt: skip
-    add("--output", metavar="FILE.jsonl", help="log of results, gone on with where it is there (default: GRID.jsonl)")
+    add("--output", metavar="FILE.jsonl",
+        help="log of results, gone on with where it is there (default: GRID.jsonl; results/GRID.jsonl of a grid that ships)")
     add("--jobs", type=count, default=os.cpu_count() or 1, metavar="N", help="processes (default: one a core)")
     add("--ray", metavar="ADDRESS",
         help="run on a Ray cluster instead: `auto`, or the address that `ray start --head` printed; a profile given as a "
@@ -104,6 +105,12 @@ class Progress:
             self._bar.close()
 
 
+def default_log(grid: Path) -> Path:
+    """Beside the grid; under `results` where the grid is the program's own."""
+    own = grid.resolve().parent == Path(__file__).resolve().parent / "grids"
+    return Path("results", grid.name).with_suffix(".jsonl") if own else grid.with_suffix(".jsonl")
+
+
 def instead(args: argparse.Namespace) -> dict[str, str]:
     """Option -> the one value that --trace and --set give it. Raises ValueError."""
     found = {"trace": args.trace} if args.trace else {}
@@ -122,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     """The whole of it; the exit code. Raises ValueError or OSError for bad input."""
     grid = read_grid(args.grid, instead(args))
     metrics = check_metrics(args.metrics)
-    path = Path(args.output) if args.output else Path(args.grid).with_suffix(".jsonl")
+    path = Path(args.output) if args.output else default_log(Path(args.grid))
     if path.resolve() == Path(args.grid).resolve() or path.suffix == ".csv":
         raise ValueError(f"--output {path}: name a .jsonl file; the table goes beside it as .csv")
     left = 0

@@ -151,15 +151,14 @@ def merge_words(trace: Trace, cost: Cost, args: argparse.Namespace) -> list[str]
     batch, context = args.max_batch, int(np.mean(trace.prompt_tokens + trace.output_tokens / 2))
     step_us = cost.step_ns(batch, context=context) / 1e3
     alone_us = branch_us(cost, batch, 1, rank)
+    if not alone_us:
+        return [f"Nothing to gain: with operator {cost.operator} no step pays for a LoRA branch."]
     switch_us = cost.switch_ns(mix.order[0]) / 1e3
-    back = " and saves nothing."
-    if alone_us:
-        steps = math.ceil(switch_us / alone_us), math.ceil(2 * switch_us / alone_us)
-        back = f" and is paid back after {steps[0]} such steps; with taking it out again after {steps[1]}."
+    steps = math.ceil(switch_us / alone_us), math.ceil(2 * switch_us / alone_us)
     words = [
         f"In a full decode batch of {batch} ({step_us / 1e3:.1f} ms without LoRA at {context} tokens of context), the LoRA "
         f"branch of operator {cost.operator} costs {alone_us / 1e3:.2f} ms if all ask for one adapter. Folding it in costs "
-        f"{switch_us / 1e3:.2f} ms{back}"
+        f"{switch_us / 1e3:.2f} ms and is paid back after {steps[0]} such steps; with taking it out again after {steps[1]}."
     ]
     worth = []
     for adapter in mix.order[:MOST_NAMED]:

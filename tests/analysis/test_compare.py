@@ -85,6 +85,8 @@ def test_plot_draws_png_svg_and_the_numbers(results, tmp_path, capsys):
         (["compare", "OUT", "--per-adaptr"], "did you mean '--per-adapter'"),
         (["compair", "OUT"], "did you mean 'compare'"),
         (["compare", "nowhere"], "summary.json: does not exist"),
+        (["compare", "OUT/summary.json"], "compare takes directories; of a file `python -m analysis figures --in"),
+        (["figures", "--in", "OUT/valora/requests.parquet", "--out", "x"], "neither a directory of results nor a .jsonl"),
         (["compare", "OUT", "nowhere", "--plot"], "needs --out"),
         (["compare", "OUT", "--out", "x"], "add --plot"),
         (["figures", "--in", "OUT", "--out", "OUT/summary.json"], "summary.json"),

@@ -31,6 +31,8 @@ def test_objectives_take_units():
         ("", "no objective"),
         ("p99_ttft", "expected METRIC<NUMBER"),
         ("p99_tft<1s", "did you mean 'p99_ttft'"),
+        ("ttft<1s", "which statistic? mean_ttft, "),
+        ("p95_tpot<50ms", "statistic 'p95' is none of mean_tpot, "),
         ("p99_ttft<1", "needs a unit: s or ms, not none"),
         ("p99_ttft<5%", "needs a unit: s or ms, not %"),
         ("failed<1s", "needs a unit: none, or %"),
@@ -179,3 +181,8 @@ def test_the_answer_is_in_words():
     uniform = " ".join(answer(parse_options({"adapter-assign": "uniform"})).split())
     assert "So no adapter of this mix is worth folding in for mixed batches." in uniform
     assert "The trace asks for no adapter." in answer(parse_options({"adapters": "0"}))
+
+
+def test_a_policy_without_lora_has_nothing_to_merge():
+    text = answer(parse_options({"policy": "base", "max-requests": "50"}))
+    assert "Nothing to gain: with operator none no step pays for a LoRA branch." in " ".join(text.split())

@@ -15,7 +15,7 @@ import pytest
 
 from sim.experiment import key_of, parse_options
 from sim.grid import GridError, read_grid
-from sim.sweep import main
+from sim.sweep import default_log, main
 from traces.replication import mean_ci95, student_t
 from traces.result_files import ResultError
 from traces.result_log import ResultLog, read_log
@@ -174,6 +174,11 @@ def test_a_cluster_that_is_not_there_is_told_at_once(grid, capsys, monkeypatch):
         run(grid(), "--ray", f"127.0.0.1:{port}")
     assert code.value.code == 2
     assert f"--ray 127.0.0.1:{port}: nobody answers" in capsys.readouterr().err
+
+
+def test_the_programs_own_folder_stays_as_it_is(tmp_path):
+    assert default_log(ROOT / "sim/grids/rate.yaml") == Path("results/rate.jsonl")
+    assert default_log(tmp_path / "rate.yaml") == tmp_path / "rate.jsonl"
 
 
 def test_set_gives_an_option_one_value(grid, tmp_path, capsys):
