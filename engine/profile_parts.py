@@ -26,6 +26,9 @@ NEAR = 16
 MIX = 256
 """Rows of the steps with prompts whose decodes' attention is told apart."""
 
+STEADY = 256
+"""Rows up to which a step waits for memory and leaves the GPU's clock where it is."""
+
 Row = dict
 Job = tuple[str, Callable[[Stage], Row | None]]
 """(key, what measures it)."""
@@ -112,11 +115,13 @@ def prefill_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], decodes
 
 
 def branch_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], adapters: int, mode: str, merged: int = -1) -> Row:
-    """`prefill_scene` with a branch, between two of the same step without. plain_us: their mean. Under a load of prompts the
-    GPU's clock drifts by more than the branch costs; within a second it hardly does."""
-    before = prefill_scene(stage, what, sizes)
+    """`prefill_scene` with a branch, behind the same step without, and for many rows before another. plain_us: their mean.
+    Under a load of prompts the GPU's clock drifts by more than the branch costs; within a second it hardly does."""
+    plain = [prefill_scene(stage, what, sizes)["us"]]
     row = prefill_scene(stage, what, sizes, (0, 0), adapters, mode, merged)
-    return row | {"plain_us": (before["us"] + prefill_scene(stage, what, sizes)["us"]) / 2}
+    if sum(tokens for tokens, _ in sizes) > STEADY:
+        plain.append(prefill_scene(stage, what, sizes)["us"])
+    return row | {"plain_us": sum(plain) / len(plain)}
 
 
 def vision_scene(stage: Stage, images: int) -> Row | None:
