@@ -90,11 +90,11 @@ class Cohort:
 
     def advance(self, steps: int) -> list[int]:
         """Run `steps` steps; the ids of the members that end with them, in order of id. They are still members."""
-        self.tick += steps
+        self.tick = now = self.tick + steps
         self.context += steps * len(self.members)
         ended: list[int] = []
         ends, end_of = self._ends, self._end_of
-        while ends and ends[0][0] <= self.tick:
+        while ends and ends[0][0] <= now:
             tick, request = heappop(ends)
             if end_of.get(request) == tick:
                 end_of[request] = -1  # a twin in the heap, from leaving and coming back, must not end it twice

@@ -198,25 +198,24 @@ class Cost:
 
         The first four and the last are the GPU's and add up; a step takes their sum or, if that is longer, the host's part.
         """
-        if not work.prefills and not work.switch_rank:
-            return self._decode(
-                work.decodes, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.outputs, work.mode == MIXTURE
-            )
+        mode, decodes, _, prefills, prefill_tokens, images, rows, adapters, rank, ranks, switch_rank, outputs = work
+        if not prefills and not switch_rank:
+            return self._decode(decodes, rows, adapters, rank, ranks, outputs, mode == MIXTURE)
         attention = vision = 0
-        for tokens, context in work.prefills:
+        for tokens, context in prefills:
             attention += self.prefill_attention_ps(tokens, context)
-        if work.images:
-            vision = round(self._vision(work.images))
-        tokens = work.decodes + work.prefill_tokens
-        linear = self.prefill_linear_ps(tokens) if work.prefills else self.linear_ps(tokens)
-        phase = self._phase(bool(work.prefills), work.mode == MIXTURE)
+        if images:
+            vision = round(self._vision(images))
+        tokens = decodes + prefill_tokens
+        linear = self.prefill_linear_ps(tokens) if prefills else self.linear_ps(tokens)
+        phase = self._phase(bool(prefills), mode == MIXTURE)
         return (
-            linear + self.output_ps(work.outputs),
+            linear + self.output_ps(outputs),
             attention,
             vision,
-            self._branch_ps(work.lora_tokens, work.adapters, work.rank, work.lora_ranks, phase),
-            self._host_ps + self._host_request_ps * (work.decodes + len(work.prefills)),
-            round(self._switch(work.switch_rank)) if work.switch_rank else 0,
+            self._branch_ps(rows, adapters, rank, ranks, phase),
+            self._host_ps + self._host_request_ps * (decodes + len(prefills)),
+            round(self._switch(switch_rank)) if switch_rank else 0,
         )
 
     def _decode_fixed(self, decodes: int, lora_tokens: int, adapters: int, rank: int, ranks: int, outputs: int,

@@ -51,6 +51,7 @@ class Ledger:
         self._cohort_ids: tuple[int, ...] | None = None  # the plan's tuple that made the cohort, if it still is that
         self._token_ns = 0  # when the cohort's members got their last token
         self._plan = Plan()
+        self._moves = False  # the plan loads, evicts, preempts or aborts
         self._view = View(self, cost, oracle=oracle)
 
     # -- looking ------------------------------------------------------------------------------------------------------
@@ -94,10 +95,16 @@ class Ledger:
 
     def next_pages(self, requests: tuple[int, ...]) -> int:
         """Pages that one decode step of `requests` takes."""
-        if requests is self._cohort_ids and not self._fresh:
-            return self.cohort.pages_for(1)
         page, entries = self.pool.page_tokens, self.entries
+        if (requests is self._cohort_ids and not self._fresh) or self._is_everybody(requests):
+            return self.cohort.pages_for(1) + sum(entry.kv % page == 0 for entry in self._fresh)
         return sum(self.kv_tokens(entries[request]) % page == 0 for request in requests)
+
+    def _is_everybody(self, requests: tuple[int, ...]) -> bool:
+        """True for `decoding_ids` while nobody is paused: the cohort's members and those in `_fresh` that join it next."""
+        return (
+            requests is self._ids and not self.paused and len(self.cohort.members) + len(self._fresh) == len(requests)
+        )
 
     def reusable_tokens(self, entry: Entry) -> int:
         """Tokens of a waiting request's prompt that the prefix cache holds now."""
@@ -137,40 +144,27 @@ class Ledger:
         evicts, preempts or aborts: its Work has no tokens and there is nothing to commit.
         """
         judge(self, plan)
-        pool = self.pool
-        for request in plan.aborts:
-            entry = self.entries[request]
-            self._unqueue(entry)
-            self.queued -= 1
-            self._end(entry, ABORTED, now_ns)
-        for request in plan.preempts:
-            self._preempt(self.entries[request], now_ns)
-        for adapter in plan.evicts:
-            pool.evict(adapter)
-            self.journal.counters["adapter_evictions"] += 1
-        for adapter in plan.loads:
-            pool.start_load(adapter)
-            self.journal.counters["adapter_loads"] += 1
+        mode, merged, prefills, decodes, loads, evicts, preempts, aborts, _, self._view.memo = plan
         self._plan = plan
-        self._view.memo = plan.memo
-        if not plan.decodes and not plan.prefills:
-            return Work(plan.mode, 0, 0, (), 0, 0, 0, 0, 0, 0, 0, 0)
+        self._moves = bool(loads or evicts or preempts or aborts)
+        if self._moves:
+            self._move(plan, now_ns)
+        if not decodes and not prefills:
+            return Work(mode, 0, 0, (), 0, 0, 0, 0, 0, 0, 0, 0)
         switch_rank = 0
-        if plan.merged != self.merged:
-            folded = plan.merged if plan.merged >= 0 else self.merged
-            switch_rank = pool.adapters[folded].rank
+        if merged != self.merged:
+            switch_rank = self.pool.adapters[merged if merged >= 0 else self.merged].rank
             self.journal.counters["switches"] += 1
-        self.mode, self.merged = plan.mode, plan.merged
-        if plan.decodes is not self._cohort_ids or self._fresh:
-            self._select(plan.decodes)
-        chunks, images = self._start_chunks(plan.prefills, now_ns) if plan.prefills else ((), 0)
-        return self._work(plan, chunks, images, switch_rank)
+        self.mode, self.merged = mode, merged
+        if decodes is not self._cohort_ids or self._fresh:
+            self._select(decodes)
+        chunks, images = self._start_chunks(prefills, now_ns) if prefills else ((), 0)
+        return self._work(prefills, chunks, images, switch_rank)
 
     def lease_steps(self) -> int:
         """The most steps for which the plan just begun stands if nothing arrives or loads: until a member of the batch
         ends or memory runs out. One if the plan does more than decode: what it changed may call for another one."""
-        plan = self._plan
-        if plan.prefills or plan.loads or plan.evicts or plan.preempts or plan.aborts:
+        if self._moves or self._plan.prefills:
             return 1
         steps = self.cohort.steps_within(self.pool.free)
         assert steps >= 1, "judge() lets no plan pass whose first step does not fit"
@@ -202,10 +196,26 @@ class Ledger:
                 self._first_token(entry, end_ns)
 
     # -- parts of begin -----------------------------------------------------------------------------------------------
+    def _move(self, plan: Plan, now_ns: int) -> None:
+        """What a plan changes beside computing."""
+        for request in plan.aborts:
+            entry = self.entries[request]
+            self._unqueue(entry)
+            self.queued -= 1
+            self._end(entry, ABORTED, now_ns)
+        for request in plan.preempts:
+            self._preempt(self.entries[request], now_ns)
+        for adapter in plan.evicts:
+            self.pool.evict(adapter)
+            self.journal.counters["adapter_evictions"] += 1
+        for adapter in plan.loads:
+            self.pool.start_load(adapter)
+            self.journal.counters["adapter_loads"] += 1
+
     def _select(self, decodes: tuple[int, ...]) -> None:
         """Make the cohort exactly `decodes`; those left out are paused, those that join stand in `_fresh` until commit."""
         cohort, asked = self.cohort, self._asked
-        if decodes is self._ids and not self.paused and len(cohort.members) + len(self._fresh) == len(decodes):
+        if self._is_everybody(decodes):
             joining = self._fresh
         else:
             chosen = set(decodes)
@@ -261,42 +271,24 @@ class Ledger:
         shareable = sum(tokens for _, tokens in entry.prefix)
         return -(-entry.images * max(0, shareable - entry.node.tokens) // shareable)
 
-    def _work(self, plan: Plan, chunks: tuple[tuple[int, int], ...], images: int, switch_rank: int) -> Work:
-        cohort = self.cohort
+    def _work(self, prefills: tuple[tuple[int, int], ...], chunks: tuple[tuple[int, int], ...], images: int,
+              switch_rank: int) -> Work:
+        cohort, mode = self.cohort, self.mode
         decodes = outputs = len(cohort.members)
         prefill_tokens = 0
         rows = cohort.adapters  # adapter -> rows of the step
         if chunks:
             rows = dict(rows)
-            for request, chunk in plan.prefills:
+            for request, chunk in prefills:
                 entry = self.entries[request]
                 prefill_tokens += chunk
                 rows[entry.adapter] = rows.get(entry.adapter, 0) + chunk
                 outputs += entry.kv + chunk == entry.target and not entry.head
         lora_rows = adapters = rank = ranks = 0
-        if plan.mode in (UNMERGED, MIXTURE):
-            lora_rows, adapters, rank, ranks = self._branches(rows, decodes + prefill_tokens, plan.merged)
-        return Work(plan.mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_rows, adapters,
+        if mode in (UNMERGED, MIXTURE):
+            lora_rows, adapters, rank, ranks = self.pool.branches(rows, decodes + prefill_tokens, self.merged)
+        return Work(mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_rows, adapters,
                     rank, ranks, switch_rank, outputs)
-
-    def _branches(self, rows: dict[int, int], total: int, merged: int) -> tuple[int, int, int, int]:
-        """(rows through the LoRA branch, distinct adapters, largest rank, sum of ranks). In mixture mode a row that does
-        not ask for the folded adapter goes through that one's branch too, to take it out."""
-        lora_rows = total - rows.get(-1, 0)
-        adapters = len(rows) - (-1 in rows)
-        cold = 0
-        if merged >= 0:
-            own = rows.get(merged, 0)
-            cold = total - own
-            lora_rows += cold - own
-            adapters += bool(cold) - bool(own)
-        rank = self.pool.uniform_rank
-        if not adapters or rank:
-            return lora_rows, adapters, rank if adapters else 0, rank * adapters
-        ranks = [self.pool.adapters[adapter].rank for adapter in rows if adapter >= 0 and adapter != merged]
-        if cold:
-            ranks.append(self.pool.adapters[merged].rank)
-        return lora_rows, adapters, max(ranks), sum(ranks)
 
     # -- transitions ----------------------------------------------------------------------------------------------------
     def _unqueue(self, entry: Entry) -> None:

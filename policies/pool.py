@@ -97,7 +97,8 @@ class Pool:
             self.make_room(pages)
         self.unused -= pages
         self.kv += pages
-        self.peak = max(self.peak, self.pages - self.unused - self.reclaimable)
+        used = self.pages - self.unused - self.reclaimable
+        self.peak = used if used > self.peak else self.peak
 
     def make_room(self, pages: int) -> None:
         """Drop idle prefixes until `pages` pages are unused, as `take` will: an engine needs them before the step that
@@ -247,6 +248,26 @@ class Pool:
         else:
             del self.users[adapter]
         self.resident.move_to_end(adapter)
+
+    def branches(self, rows: dict[int, int], total: int, merged: int) -> tuple[int, int, int, int]:
+        """(rows through the LoRA branch, distinct adapters, largest rank, sum of ranks). In mixture mode a row that does
+        not ask for the folded adapter goes through that one's branch too, to take it out."""
+        lora_rows, adapters, cold = total, len(rows), 0
+        if -1 in rows:
+            lora_rows -= rows[-1]
+            adapters -= 1
+        if merged >= 0:
+            own = rows.get(merged, 0)
+            cold = total - own
+            lora_rows += cold - own
+            adapters += bool(cold) - bool(own)
+        rank = self.uniform_rank
+        if not adapters or rank:
+            return lora_rows, adapters, rank if adapters else 0, rank * adapters
+        ranks = [self.adapters[adapter].rank for adapter in rows if adapter >= 0 and adapter != merged]
+        if cold:
+            ranks.append(self.adapters[merged].rank)
+        return lora_rows, adapters, max(ranks), sum(ranks)
 
     # -- proof ------------------------------------------------------------------------------------------------------
     def check(self) -> list[str]:

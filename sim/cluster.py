@@ -23,7 +23,7 @@ from policies.pool import Pool
 from policies.profile import Profile, ProfileError
 from policies.routing import make_router, moves
 from policies.view import Limits
-from sim.server import FOREVER_PS, PS_PER_NS, Server, at
+from sim.server import FOREVER_PS, PS_PER_NS, Clock, Server, at
 from traces.record import STATUS, RunResult
 from traces.request import NO_ADAPTER, Request, Trace
 
@@ -74,7 +74,7 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     """
     if getattr(policy, "strips_adapters", False):
         trace = trace.with_(adapter=np.full(len(trace), NO_ADAPTER, np.int32))
-    env = simpy.Environment()
+    env = Clock()
     operator = config.operator or policy.operator
     cost = Cost(profile, operator, config.switch or policy.switch, trace.adapters, policy.name)
     page_bytes = config.page_tokens * profile.kv_bytes_per_token
@@ -180,13 +180,12 @@ class Dispatcher:
 
     def _send(self, request: Request) -> None:
         servers = self.servers
-        number = 0
-        ledgers = [server.ledger for server in servers]
-        if len(servers) > 1:
-            number = self._route(request, ledgers, self._routed)
         self._routed += 1
-        servers[number].arrive(request)
-        if len(servers) > 1:
+        if len(servers) == 1:
+            servers[0].arrive(request)
+        else:
+            ledgers = [server.ledger for server in servers]
+            servers[self._route(request, ledgers, self._routed - 1)].arrive(request)
             for moving, source, target in moves(self._route, ledgers):
                 servers[target].arrive(withdraw(ledgers[source], moving))
         if self._progress is not None and self._routed % 256 == 0:

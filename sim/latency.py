@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isqrt
-from typing import NamedTuple
 
 from policies.cost import Cost
 from policies.plan import Work
@@ -19,11 +19,12 @@ from policies.plan import Work
 FOREVER_PS = 1 << 62
 
 
-class Run(NamedTuple):
+@dataclass(slots=True)
+class Run:
     """A modelled run of steps, in picoseconds. parts: (linear, attention, vision, lora, host, switch); they sum to total_ps.
 
-    first_ps: until the first step's end, the boundary included. last_ps: duration of the last step. pieces: (duration of
-    its first step, growth per step, steps) for the steps behind the first.
+    first_ps: until the first step's end, the boundary included. last_ps: duration of the last step. pieces: (when its first
+    step begins, that step's duration, growth per step, steps) for the steps behind the first.
     """
 
     steps: int
@@ -31,7 +32,7 @@ class Run(NamedTuple):
     last_ps: int
     total_ps: int
     parts: tuple[int, int, int, int, int, int]
-    pieces: Sequence[tuple[int, int, int]]
+    pieces: Sequence[tuple[int, int, int, int]]
 
 
 def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int = 0, slow_ps: int = 0,
@@ -57,7 +58,7 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
     decode_attention = values[at] + slopes[at] * (context - starts[at])
     steady = linear + lora  # what every step of the run repeats, beside its attention
     gpu = steady + decode_attention + switch
-    last = max(gpu, floor)
+    last = gpu if gpu > floor else floor
     first = boundary_ps + last
     if max_steps == 1 or (first >= until_ps and not ahead):
         return Run(1, first, last, first, (linear, decode_attention, 0, lora, first - gpu, switch), ())
@@ -74,8 +75,8 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
             at += 1
         step = gpu = steady + values[at] + slopes[at] * (context - starts[at])
         growth = gpu_growth = slopes[at] * decodes
-        if at < end:
-            most = min(most, -(-(starts[at + 1] - context) // decodes))
+        if at < end and (piece := -((context - starts[at + 1]) // decodes)) < most:
+            most = piece
         if step < floor:  # the host sets the pace, until the context has grown
             most = min(most, -(-(floor - step) // growth)) if growth > 0 else most
             step, growth = floor, 0
@@ -85,9 +86,10 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
         if wanted == FOREVER_PS:
             ahead -= count
         triangle = count * (count - 1) // 2
-        pieces.append((step, growth, count))
+        pieces.append((total, step, growth, count))
         total += count * step + growth * triangle
-        host += count * (step - gpu) + (growth - gpu_growth) * triangle
+        if step > gpu:
+            host += count * (step - gpu) + (growth - gpu_growth) * triangle
         last = step + growth * (count - 1)
         steps += count
         context += decodes * count
@@ -99,15 +101,11 @@ def _steps_until(step: int, growth: int, wanted: int, most: int) -> int:
     """The fewest steps (1..most) of durations step, step + growth, ... that sum to at least `wanted`, or `most`."""
     if most * step + growth * (most * (most - 1) // 2) <= wanted:
         return most
-    if growth:
-        # growth/2 k^2 + (step - growth/2) k = wanted, solved in integers and then put right by at most a step or two
-        b = 2 * step - growth
-        count = (isqrt(b * b + 8 * growth * wanted) - b) // (2 * growth)
-    else:
-        count = wanted // step
-    count = min(max(count, 1), most)
-    while count > 1 and (count - 1) * step + growth * ((count - 1) * (count - 2) // 2) >= wanted:
-        count -= 1
-    while count < most and count * step + growth * (count * (count - 1) // 2) < wanted:
-        count += 1
-    return count
+    if not growth:
+        return -(-wanted // step)
+    # The smallest k with growth k^2 + b k >= 2 wanted. The root is rounded to the side on which the integers decide alike.
+    b = 2 * step - growth
+    square = b * b + 8 * growth * wanted
+    if growth > 0:
+        return -((b - 1 - isqrt(square - 1)) // (2 * growth))
+    return -((isqrt(square) - b) // (-2 * growth))

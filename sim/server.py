@@ -30,12 +30,28 @@ PS_PER_NS = 1000
 MOST_TURNS = 20_000  # decisions in a row at one instant that compute nothing; far more than requests run together
 
 
-def at(env: simpy.Environment, time_ps: int, action: Callable[[Event], None]) -> None:
+def at(env: Clock, time_ps: int, action: Callable[[Event], None]) -> None:
     """Call `action` at `time_ps`, before any step that ends at the same time: who decides then knows of it."""
     event = Event(env)
     event._ok, event._value = True, None
     event.callbacks.append(action)
     env.schedule(event, URGENT, time_ps - env.now)
+
+
+class Clock(simpy.Environment):
+    """SimPy's, for processes that know how long they are busy; all must have begun before one uses it."""
+
+    def pass_to(self, time_ps: int) -> bool:
+        """Move the clock to `time_ps` as a Timeout would, without one; what `at` ordered for before then happens meanwhile.
+        False, and the clock perhaps on its way, where it takes a Timeout: another process goes on, or something happens at
+        that very time."""
+        queue = self._queue
+        while queue and queue[0][0] <= time_ps:
+            if queue[0][0] == time_ps or queue[0][1] != URGENT:
+                return False
+            self.step()
+        self._now = time_ps
+        return True
 
 
 @dataclass(slots=True)
@@ -55,7 +71,7 @@ class Server:
     """One GPU under one policy. next_arrival_ps tells when anything arrives next anywhere (FOREVER_PS: never); top_up is
     called between two leases, and may let something arrive. end_ps: when the run ends, whoever is unfinished then."""
 
-    def __init__(self, env: simpy.Environment, ledger: Ledger, policy: Policy, cost: Cost, journal: Journal,
+    def __init__(self, env: Clock, ledger: Ledger, policy: Policy, cost: Cost, journal: Journal,
                  next_arrival_ps: Callable[[], int], *, leap: bool = True, check_invariants: bool = False,
                  top_up: Callable[[], None] | None = None, end_ps: int = FOREVER_PS):
         self.env = env
@@ -70,6 +86,7 @@ class Server:
         self._top_up = top_up
         self._end_ps = end_ps
         self._asleep: Event | None = None
+        self._ahead = cost.profile.steps_ahead
         self._turns = (-1, 0)  # (time of the last decision that computed nothing, how many in a row at that time)
         self._link_free_ps = 0
         self._next_load_ps = FOREVER_PS
@@ -103,12 +120,13 @@ class Server:
 
     # -- the loop -------------------------------------------------------------------------------------------------------
     def _serve(self):
-        env, ledger, policy, ahead = self.env, self.ledger, self.policy, self.cost.profile.steps_ahead
+        env, ledger, policy, ahead = self.env, self.ledger, self.policy, self._ahead
+        entries = ledger.entries
         yield Timeout(env, 0)  # what arrives at time 0 comes first, as at any other time
         while True:
             if self._top_up is not None:
                 self._top_up()
-            while not ledger.has_work():  # a copy that arrives late wakes it, too
+            while not entries:  # a copy that arrives late wakes it, too
                 yield self._sleep(None)
             start_ps = env.now
             now_ns = start_ps // PS_PER_NS
@@ -135,13 +153,15 @@ class Server:
                     self._refuse_deadlock(plan)
                     yield self._sleep(plan.until_ns)
                 continue
-            jump = self._run(plan, work, lease, trailing)
-            yield Timeout(env, jump.total_ps)
-            self._commit(plan, work, jump, start_ps)
+            jump = self._run(plan, work, lease, trailing, start_ps)
+            end_ps = start_ps + jump.total_ps
+            if not env.pass_to(end_ps):
+                yield Timeout(env, end_ps - env.now)
+            self._commit(plan, work, jump, start_ps, end_ps)
 
-    def _run(self, plan: Plan, work: Work, lease: Lease | None, trailing: bool) -> Run:
+    def _run(self, plan: Plan, work: Work, lease: Lease | None, trailing: bool, start_ps: int) -> Run:
         """Model what comes next: of a new lease where there is none, else of that one."""
-        start_ps, cost = self.env.now, self.cost
+        cost = self.cost
         if trailing:
             return self._taken(lease, run(cost, work, 1, 0, 0, lease.slow_ps), start_ps)
         boundary_ps = slow_ps = 0
@@ -161,7 +181,7 @@ class Server:
             lease.left = min(lease.left, self.ledger.lease_steps())
         if self.leap:
             wake_ps = min(lease.until_ps, self._next_arrival_ps(), self._next_load_ps)
-            jump = run(cost, work, lease.left, wake_ps - start_ps, boundary_ps, lease.slow_ps, cost.profile.steps_ahead)
+            jump = run(cost, work, lease.left, wake_ps - start_ps, boundary_ps, lease.slow_ps, self._ahead)
         else:
             jump = run(cost, work, 1, 0, boundary_ps, lease.slow_ps)
         return self._taken(lease, jump, -1 if begins and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps)
@@ -185,15 +205,13 @@ class Server:
         check_idle(self.ledger, plan)
         return plan
 
-    def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int) -> None:
+    def _commit(self, plan: Plan, work: Work, jump: Run, start_ps: int, end_ps: int) -> None:
         journal = self.journal
-        self.last_ps = self._busy_ps = end_ps = start_ps + jump.total_ps
+        self.last_ps = self._busy_ps = end_ps
         self.ledger.commit(jump.steps, (start_ps + jump.first_ps) // PS_PER_NS, end_ps // PS_PER_NS)
         decodes = work.decodes
-        begin_ps = start_ps + jump.first_ps
-        for first, growth, steps in jump.pieces:
-            journal.gap_run(begin_ps, first, growth, steps, decodes)
-            begin_ps += steps * first + growth * (steps * (steps - 1) // 2)
+        for begin_ps, first_ps, growth_ps, steps in jump.pieces:
+            journal.gap_run(start_ps + begin_ps, first_ps, growth_ps, steps, decodes)
         journal.step((
             journal.server, start_ps, jump.total_ps, jump.steps, plan.mode, plan.merged, decodes, len(work.prefills),
             work.prefill_tokens, work.images, work.adapters, work.context_tokens, *jump.parts,

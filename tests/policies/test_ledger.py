@@ -180,6 +180,8 @@ class Books(RuleBasedStateMachine):
         check(ledger, ledger.journal.ended)
         standing = len(ledger.cohort.members) + len(ledger._fresh) + len(ledger.paused)
         assert len(ledger.decoding) == standing
+        ids = ledger.decoding_ids()  # the ledger's own tuple is counted by sums, any other one request by request
+        assert ledger.next_pages(ids) == ledger.next_pages(ids[:1]) + ledger.next_pages(ids[1:])
         rows = [dict(zip(REQUEST_COLUMNS, row, strict=True)) for row in self.ended]
         assert sorted([row["id"] for row in rows] + list(ledger.entries)) == list(range(len(self.asked)))
         for row in rows:

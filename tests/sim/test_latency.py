@@ -65,8 +65,12 @@ def test_jump_equals_the_sum_of_steps(tiny_profile, table, decodes, mean, switch
     assert jump.last_ps == durations[-1] - (boundary_ps if len(durations) == 1 else 0)
     assert min(jump.parts) >= 0
     assert sum(jump.parts) == jump.total_ps
-    behind = [first + i * growth for first, growth, steps in jump.pieces for i in range(steps)]
+    behind = [first + i * growth for _, first, growth, steps in jump.pieces for i in range(steps)]
     assert behind == durations[1:]
+    taken = 1
+    for begin_ps, _, _, steps in jump.pieces:
+        assert begin_ps == sum(durations[:taken])
+        taken += steps
 
 
 @settings(max_examples=400)
