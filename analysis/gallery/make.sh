@@ -1,8 +1,9 @@
 #!/bin/sh
-# Draw the README's gallery anew, from the project's folder: sh analysis/gallery/make.sh [PROFILE]
+# Draw the README's gallery anew: sh analysis/gallery/make.sh [PROFILE]
 # PROFILE: the latency profile without the model, e.g. h200 for sim/profiles/h200-llava-1.5-7b.json (default analytic-h200).
 # What it runs goes to results/gallery, which is emptied first; pictures and their numbers lie beside this file.
 set -eu
+cd "$(dirname "$0")/../.."
 profile=${1:-analytic-h200}
 out=results/gallery
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
@@ -31,5 +32,5 @@ python -m analysis figures --in $out/capacity.json --only routers --out $out/dra
 
 python -m analysis report $out/rate-1.jsonl $out/rate-2.jsonl $out/capacity.json --output $out/report.html
 for name in rate modes operators routers; do
-    cp $out/drawn/$name.png $out/drawn/$name.csv "$(dirname "$0")"
+    cp $out/drawn/$name.png $out/drawn/$name.csv analysis/gallery
 done
