@@ -52,9 +52,9 @@ RELEASED = {
     "sgl_triton_v2": "sglang", "valora_atmm_fixed": "atmm-artefact",
 }  # fmt: skip
 """Operators of the peers' file by the name of the technique; the fastest variant counts."""
-FLAT = "slora_triton"
-"""Its time was the same for 1, 8 and 32 adapters within 8 %, and it was measured at few; S-LoRA must not be charged for its
-other kernel, up to 13 times slower, in between."""
+FLAT = ("slora_triton", "dlora_einsum")
+"""Prefill operators that were measured for few numbers of adapters, on which their times depend little (1 and 8 adapters of
+rank 64: 1 and 20 %). For a number between or beyond, the time for the next fewer counts, which favours the rival."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +190,11 @@ def _calls() -> dict[tuple, float]:
                 ours = path == PEERS and row["phase"] == "decode" and operator in OURS
                 if not ours:
                     calls[key] = min(calls.get(key, math.inf), float(row["behind_us"]) or float(row["us"]))
-                if row["operator"] == FLAT:
+                if row["operator"] in FLAT:
                     flat.setdefault((key[0], key[1], key[2], key[3], tokens), {})[key[4]] = float(row["us"])
     for (*about, tokens), measured_at in flat.items():
-        for adapters in {key[4] for key in calls if key[:4] == tuple(about)}:
+        operator, _, slices, rank = about
+        for adapters in {key[4] for key in calls if (key[0], *key[2:4]) == (operator, slices, rank)}:
             fewer = max((n for n in measured_at if n <= adapters), default=None)
             key = (*about, adapters, tokens)
             calls[key] = min(calls.get(key, math.inf), measured_at.get(fewer, math.inf))
