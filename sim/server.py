@@ -160,38 +160,27 @@ class Server:
             self._commit(plan, work, jump, start_ps, end_ps)
 
     def _run(self, plan: Plan, work: Work, lease: Lease | None, trailing: bool, start_ps: int) -> Run:
-        """Model what comes next: of a new lease where there is none, else of that one."""
-        cost = self.cost
-        if trailing:
-            return self._taken(lease, run(cost, work, 1, 0, 0, lease.slow_ps), start_ps)
-        boundary_ps = slow_ps = 0
-        begins = lease is None
-        if begins:
+        """Model what comes next, of a new lease where there is none, else of that one; note what is left of it."""
+        cost, boundary_ps, steps = self.cost, 0, self.ledger.lease_steps()
+        if lease is None:
             if cost.has_host:
                 idle = self._busy_ps != start_ps
                 boundary_ps = cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
-            if self._loads and cost.profile.load_slowdown:
-                slow_ps = cost.beside_load_ps(cost.step_ps(work))
+            beside_load = self._loads and cost.profile.load_slowdown
+            slow_ps = cost.beside_load_ps(cost.step_ps(work)) if beside_load else 0
             self._stirred_ps, self._started = FOREVER_PS, 0
-            if plan.prefills:  # a lease of one step
-                return run(cost, work, 1, 0, boundary_ps, slow_ps)
             until_ps = self._end_ps if plan.until_ns is None else min(self._end_ps, plan.until_ns * PS_PER_NS)
-            lease = self._lease = Lease(plan, self.ledger.lease_steps(), until_ps, slow_ps, -1)
         else:
-            lease.left = min(lease.left, self.ledger.lease_steps())
-        if self.leap:
-            wake_ps = min(lease.until_ps, self._next_arrival_ps(), self._next_load_ps)
-            jump = run(cost, work, lease.left, wake_ps - start_ps, boundary_ps, lease.slow_ps, self._ahead)
+            steps, until_ps, slow_ps = min(steps, lease.left), lease.until_ps, lease.slow_ps
+        if trailing or not self.leap:
+            jump = run(cost, work, 1, 0, boundary_ps, slow_ps)
         else:
-            jump = run(cost, work, 1, 0, boundary_ps, lease.slow_ps)
-        return self._taken(lease, jump, -1 if begins and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps)
-
-    def _taken(self, lease: Lease, jump: Run, last_ps: int) -> Run:
-        """Note in the lease what was run of it."""
-        lease.left -= jump.steps
-        lease.last_ps = last_ps
-        if not lease.left:
-            self._lease = None
+            wake_ps = min(until_ps, self._next_arrival_ps(), self._next_load_ps)
+            jump = run(cost, work, steps, wake_ps - start_ps, boundary_ps, slow_ps, self._ahead)
+        self._lease = None
+        if jump.steps < steps:
+            last_ps = -1 if lease is None and jump.steps == 1 else start_ps + jump.total_ps - jump.last_ps
+            self._lease = Lease(plan, steps - jump.steps, until_ps, slow_ps, last_ps)
         return jump
 
     def _decide_watched(self, now_ns: int) -> Plan:
