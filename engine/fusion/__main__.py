@@ -26,7 +26,7 @@ from traces.whole_file import replace_text
 COMPARE = ("heuristic", "heuristic-early", "decoded")
 SIZES = ("seconds", "small", "full")
 EXIT_FLOOR, EXIT_TIME = 3, 75
-DEFAULT_RETRIES, DEMO_RETRIES = 12, 4
+DEFAULT_RETRIES, DEMO_RETRIES = 12, 2
 """Attempts on fewer adapters where there are more domains than can be proven."""
 
 

@@ -216,7 +216,9 @@ def plain_move(rng: np.random.Generator) -> Drawing:
     return Drawing(frames, "how does it move", way)
 
 
-PLAIN = (plain_scene, plain_scene, plain_places, plain_where, plain_letter, plain_letter, plain_pattern, plain_move)
+PLAIN = (plain_scene, plain_scene, plain_places, plain_where, plain_where, plain_letter, plain_letter, plain_pattern,
+         plain_move)  # fmt: skip
+"""Equal shares. To find a shape takes the most examples to learn: its corners are four tokens, all of which must be near."""
 
 
 def toned(level: np.ndarray, rng: np.random.Generator, dark=None, light=None) -> Image.Image:

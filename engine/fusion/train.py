@@ -1,8 +1,8 @@
 """Train one adapter, and its head, on one or several domains; stop early once all floors hold; survive being killed.
 
 Each step takes one batch of one domain: domains take turns by weight (boxes learn slowly and get more), and after each check
-those further below their floor get more turns (the others are replayed). Where even the pace of the last checks would not
-bring all to their floors in the steps that are left, the one that needs most is let go, for the others' sake.
+those further below their floor get more turns (the others are replayed). Where their pace in the later half of the checks
+would not bring all to their floors in the steps that are left, the one that needs most is let go, for the others' sake.
 
 A run lives in a folder: a checkpoint while it lasts, and at its end a PEFT folder with its head and `result.json`, whose
 presence says that it is done. All that is random is drawn from (seed, step), so a run killed at any moment and started again
@@ -35,15 +35,15 @@ from traces.whole_file import replace_text
 
 RESULT, CHECKPOINT, ADAPTER = "result.json", "training.safetensors", "adapter"
 WARMUP_STEPS = 20
-DETECT_STEPS = 3
-"""Queries that compete for boxes learn slowly (DETR trains ten times as long as its predecessors)."""
+BOX_STEPS = 3
+"""Boxes are learnt slowly: queries compete for them (DETR trains ten times as long as its rivals), or words name them."""
 REPLAY = 0.15
 SHORT = 0.4
 """Turns of a domain above its floor, and the fewest of one below it, against 1 for the one furthest below."""
 EXTRA_SHARE = 1.0
 """A run over k domains may take (EXTRA_SHARE + k) / (EXTRA_SHARE + 1) times the steps of one: 6.5 times for twelve."""
-PACE_CHECKS = 2
-"""Checks over which a domain's pace towards its floor is taken; the first after the start does not count."""
+PATIENT_SHARE = 0.3
+"""Of the steps that a joint run may take, before it lets go of a domain: accuracy often rises late."""
 PROGRESS = 0.02
 """The sum of what domains lack to their floors, in shares of the floors, must fall by so much to count as progress."""
 ACTIVATION_BYTES = 40 << 30
@@ -53,7 +53,7 @@ BYTES_PER_ACTIVATION = 34
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps: of one domain at most, DETECT_STEPS times as many for boxes of a head. check_every: steps between evaluations
+    """steps: of one domain at most, BOX_STEPS times as many for boxes. check_every: steps between evaluations
     of the decide split (and checkpoints), where there are few domains.
 
     patience: a run with floors ends after so many checks without one more of them held and without coming nearer to them
@@ -77,7 +77,7 @@ class Recipe:
 
     def steps_of(self, domain: Domain) -> int:
         """The most optimizer steps of the domain's own adapter."""
-        return self.steps * DETECT_STEPS if domain.boxed and domain.head else self.steps
+        return self.steps * BOX_STEPS if domain.boxed else self.steps
 
     def cap(self, domains: Sequence[Domain]) -> int:
         """The most steps of a run over these domains at once."""
@@ -301,11 +301,12 @@ class _Run:
         state, needed = self.state, {}
         for name, gap in short.items():
             state["gaps"][name].append([state["turns"][name], gap])
-            seen = state["gaps"][name][1 if self.task.start else 0 :][-1 - PACE_CHECKS :]
-            if gap > 0 and len(seen) > PACE_CHECKS:
-                pace = (seen[0][1] - gap) / max(1, seen[-1][0] - seen[0][0])
+            seen = state["gaps"][name]
+            if gap > 0:  # the pace of the later half
+                turns, before = seen[(len(seen) - 1) // 2]
+                pace = (before - gap) / max(1, state["turns"][name] - turns)
                 needed[name] = gap / pace if pace > 0 else float("inf")
-        if sum(needed.values()) <= self.task.cap - state["step"]:
+        if state["step"] < PATIENT_SHARE * self.task.cap or sum(needed.values()) <= self.task.cap - state["step"]:
             return
         dropped = max(needed, key=lambda name: (needed[name], short[name]))
         self.bench.log(f"{self._name()}: lets go of {dropped}")
