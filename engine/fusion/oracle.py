@@ -122,7 +122,7 @@ class TrainingOracle:
         bench, recipe = self.runs.bench, self.runs.recipe
         floors = {name: self.runs.floors[name] for name in order}
         if self.kind == JOINT:
-            start = tuple(map(self.path, parts))
+            start = tuple(map(self.path, sorted(parts, key=lambda part: min(map(self.domains.index, part)))))
             if not parts:
                 start = tuple(self.runs.own_path(name) for name in order if bench.domain(name).relative)
             return Task(order, order, recipe.cap([bench.domain(name) for name in order]), floors, start)
