@@ -64,9 +64,15 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what is marked `gpu` where CUDA is absent; torch is only imported if such a test was collected."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if marked and not _has_gpu():
+def pytest_collection_modifyitems(config, items):
+    """Skip what is marked `gpu` where CUDA is absent (torch is only imported if such a test was collected), and what is
+    marked `long` unless it is asked for."""
+    _skip(items, "gpu", "needs a CUDA GPU", _has_gpu)
+    _skip(items, "long", "takes minutes; run it with -m long", lambda: "long" in config.getoption("-m"))
+
+
+def _skip(items, name, reason, unless):
+    marked = [item for item in items if item.get_closest_marker(name)]
+    if marked and not unless():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+            item.add_marker(pytest.mark.skip(reason=reason))

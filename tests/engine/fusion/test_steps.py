@@ -64,7 +64,7 @@ def write_domains(root, seed):
     return root / "domains.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_no_more_adapters_than_the_heuristic_for_half_its_steps_on_real_trainings(tmp_path, seed):
     before = torch.get_num_threads()
