@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -23,15 +23,13 @@ from engine.campaign_file import CampaignError, Cell, chosen, in_order, read_cam
 from engine.campaign_plan import expected_s, plan_of
 from engine.campaign_records import Records
 from engine.models import Model, ModelError
+from engine.options import EXIT_TIME
 from engine.progress import Progress
-from engine.serve import Replay, Session, Signals, engine_config, find_profile, model_of
-from policies import residency
-from traces.options import load_trace, with_slo
+from engine.serve import Replay, Session, Signals, engine_config, find_profile, model_of, served_trace
 from traces.record import RunResult, parse_goodput, summarize
-from traces.request import Trace
 from traces.result_files import ResultError
 
-EXIT_FAILED, EXIT_TIME, EXIT_SIGNAL = 1, 75, 130
+EXIT_FAILED, EXIT_SIGNAL = 1, 130
 NEW_ENGINE_S, SAME_ENGINE_S = 15.0, 2.0
 """Allowed for until a cell's clock starts: on an H200 valora's graphs took 9 s, and 28 with kernels to compile."""
 COLUMNS = ("completed", "cut off", "avg tok (ms)", "ttft (ms)", "tpot (ms)", "e2el (ms)", "tok/s")
@@ -207,8 +205,7 @@ class Run:
         args = argparse.Namespace(**{**vars(cell.args), "output": str(self.records.path)})  # there steps are kept
         goodput = parse_goodput(args.goodput)
         config = engine_config(args, model)
-        trace = with_slo(_trace_of(args, model, config.limits.max_context), goodput)
-        residency.numbers_of(config.pins, trace.adapters)
+        trace = served_trace(args, model, config, goodput)
         key = (trace.adapters, config.targets, args.adapter_dir, args.seed)
         if self._adapters is None or self._adapters[0] != key:
             self._adapters = None
@@ -216,10 +213,6 @@ class Run:
         found = self._adapters[1]
         profile = find_profile(args.profile, model)
         return Ready(Replay(config, trace, profile, found), [adapter.name for adapter in trace.adapters], goodput)
-
-
-def _trace_of(args: argparse.Namespace, model: Model, max_context: int) -> Trace:
-    return load_trace(args, replace(model.shape, max_context=max_context))
 
 
 def _context_lost() -> bool:

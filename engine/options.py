@@ -12,6 +12,8 @@ TARGETS = {"attention": ("qkv", "o"), "all": ("qkv", "o", "gate_up", "down")}
 ROUTES = ("affinity", "consolidate", "least-outstanding", "round-robin")
 """Routers that processes can follow: dLoRA's moves waiting requests from one replica to another."""
 DTYPES = ("bfloat16", "float16", "float32")
+EXIT_TIME = 75
+"""Exit code of `campaign`, `fuse` and `profile` when their time was up and the same command goes on."""
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

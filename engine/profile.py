@@ -23,7 +23,7 @@ import torch
 from engine.build import CPU_PAGES, adapter_bytes_per_rank, build, find_adapters
 from engine.decoder import Decoder, projections_of
 from engine.models import Model
-from engine.options import TARGETS
+from engine.options import EXIT_TIME, TARGETS
 from engine.profile_fit import UnfinishedError, profile_of
 from engine.profile_host import host_scene
 from engine.profile_parts import (
@@ -54,7 +54,6 @@ from traces.assign import make_adapters
 from traces.suggest import near
 from traces.whole_file import replace_text
 
-EXIT_TIME = 75
 POLICY_OF = {"atmm": "valora", "slora": "slora", "punica": "punica", "dlora": "dlora", "vllm": "fcfs"}
 """Operators, and a policy that runs each: the first is the one that everything but the rivals' branches is timed with."""
 HOSTS = ("slora", "valora", "dlora", "punica", "merged-only", "base", "fcfs", "cost-aware", "oracle")

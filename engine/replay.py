@@ -93,7 +93,7 @@ class Driver:
         self._arrivals = arrivals or ByTrace(trace)
         self._end_ps = FOREVER_PS
         if drain_s is not None and len(trace):
-            self._end_ps = int(trace.arrival_ns[-1]) * PS_PER_NS + round(drain_s * 1e12)
+            self._end_ps = faults.end_ps(trace, drain_s)
 
     # -- what reaches it from outside -----------------------------------------------------------------------------------
     def _receive(self, *, between: bool = True) -> None:

@@ -12,7 +12,7 @@ import gc
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from engine.replay import Driver, EngineConfig, record, resolved, stripped
 from policies import Policy, make_policies, residency
 from policies.profile import Profile, ProfileError, load_profile
 from policies.view import Limits
-from traces.options import load_trace, with_slo
+from traces.options import check_end, load_trace, with_slo
 from traces.publish import publish
 from traces.record import RunResult, parse_goodput, summarize
 from traces.request import Trace
@@ -58,10 +58,9 @@ def replay(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     model = model_of(args)
     config = engine_config(args, model)
-    trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
+    trace = served_trace(args, model, config, goodput)
     if baseline:
         text_only(trace)
-    residency.numbers_of(config.pins, trace.adapters)  # a wrong name is answered before the work begins
     profile = find_profile(args.profile, model)
     found = find_adapters(trace.adapters, model, config.targets, args.adapter_dir, args.seed)
     for name, reason in found.reasons.items():
@@ -86,7 +85,8 @@ def replay(args: argparse.Namespace) -> int:
         del session  # its memory is wanted
         against_peft(results, model, trace, args.closed_loop, args.baseline_steps)
     if results:
-        publish(results, names, goodput, output=args.output, overwrite=True, with_adapters=args.per_adapter)
+        again = args.output if baseline else None  # with what the baseline added
+        publish(results, names, goodput, output=again, overwrite=True, with_adapters=args.per_adapter)
     if signals.asked and first:
         print(f"interrupted; {'what had finished is in' if results else 'there was not yet'} a result", file=sys.stderr)
     return 130 if signals.asked else 0
@@ -263,8 +263,7 @@ def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
     context = args.max_context or min(most, MOST_CONTEXT)
     if context > most:
         raise ValueError(f"--max-context {context} is above the model's {most}")
-    if args.drain is not None and args.closed_loop:
-        raise ValueError("--drain counts from the last arrival, and a --closed-loop has none of its own: drop one")
+    check_end(args.drain, args.closed_loop)
     return EngineConfig(
         limits=Limits(args.max_batch, args.max_batch_tokens, context), operator=args.operator,
         page_tokens=args.page_tokens, memory_share=args.memory_share, prefix_cache=not args.no_prefix_cache,
@@ -273,6 +272,13 @@ def engine_config(args: argparse.Namespace, model: Model) -> EngineConfig:
         drain_s=args.drain,
         adapter_bytes=None if args.adapter_memory is None else int(args.adapter_memory * 2**30),
     )  # fmt: skip
+
+
+def served_trace(args: argparse.Namespace, model: Model, config: EngineConfig, goodput: Mapping[str, float]) -> Trace:
+    """The trace that the options describe, for this model. Its adapters know the pins: a wrong name is answered at once."""
+    trace = with_slo(load_trace(args, replace(model.shape, max_context=config.limits.max_context)), goodput)
+    residency.numbers_of(config.pins, trace.adapters)
+    return trace
 
 
 def find_profile(path: str | None, model: Model) -> Profile:

@@ -18,15 +18,9 @@ from kernels.target import INTERPRETED  # isort: skip  (before triton: it may ch
 import triton
 import triton.language as tl
 
+from kernels.dependent import trigger, wait
+
 if INTERPRETED:
-
-    @triton.jit
-    def _wait():
-        pass
-
-    @triton.jit
-    def _trigger():
-        pass
 
     @triton.jit
     def _pin(value):
@@ -37,8 +31,6 @@ if INTERPRETED:
         return value.handle.data.item()
 
 else:
-    from triton.language.extra.cuda import gdc_launch_dependents as _trigger
-    from triton.language.extra.cuda import gdc_wait as _wait
 
     @triton.jit
     def _pin(value):
@@ -89,7 +81,7 @@ def shrink(
     complete before the successor starts, which may read it without a wait.
     """
     if PDL and not AHEAD:
-        _trigger()
+        trigger()
     part = tl.program_id(0) % split
     plane = tl.program_id(0) // split // (R // BR)
     r = tl.program_id(0) // split % (R // BR) * BR + tl.arange(0, BR)
@@ -115,9 +107,9 @@ def shrink(
         a_tile = tl.load(a_at, mask=a_live if EVEN else a_live & (k < K)[None, :], other=0.0)
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
-        _wait()
+        wait()
         if AHEAD:
-            _trigger()
+            trigger()
     if rows == 0:
         return
     x_at = x + token[:, None] * XS + k[None, :]
@@ -170,7 +162,7 @@ def expand(
 ):  # fmt: skip
     """y[perm[position], columns] += (sum of v's planes) B [pool rows, D]; grid (runs of SPAN * BN columns, tiles)."""
     if PDL:
-        _trigger()
+        trigger()
     M: tl.constexpr = PASSES - 1
     first, rows, offset, rank, _ = _entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
@@ -195,7 +187,7 @@ def expand(
         if M:
             bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
     if PDL:
-        _wait()
+        wait()
     if rows == 0:
         return
     if SPAN == 1:
@@ -259,7 +251,7 @@ def fused(
     Grid (PARTS, tiles): PARTS programs share a tile's columns and repeat its shrink (x then comes from L2).
     """
     if PDL:
-        _trigger()
+        trigger()
     first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
         return
@@ -269,7 +261,7 @@ def fused(
     live = m < rows
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
-        _wait()
+        wait()
     if rows == 0:
         return
     NK: tl.constexpr = (K + BK - 1) // BK

@@ -185,10 +185,17 @@ def few_rows(
             _finish(y, total, m, live, bias, tile, columns, BN, BIAS, GATED)
 
 
-@triton.jit
-def _all_stored(INTERPRETED: tl.constexpr):
-    """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
-    if not INTERPRETED:
+if INTERPRETED:
+
+    @triton.jit
+    def _all_stored():
+        """Nothing: the interpreter has one thread."""
+
+else:
+
+    @triton.jit
+    def _all_stored():
+        """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
         tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -196,7 +203,6 @@ def _all_stored(INTERPRETED: tl.constexpr):
 def _meet(
     value, m, live, planes, counters, y, bias, tile, first, last, program, columns,
     TOKENS: tl.constexpr, BN: tl.constexpr, MOST: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One program's part `value` of a tile that programs first .. last share: the last to come adds all, in their order.
 
@@ -207,7 +213,7 @@ def _meet(
     if came != last - first:
         mine = (program * 2 + (program == first)).to(tl.int64) * (TOKENS * BN)
         tl.store(planes + mine + at, value, mask=live)
-        _all_stored(INTERPRETED)  # every thread's stores come before the one thread's release
+        _all_stored()  # every thread's stores come before the one thread's release
         came = tl.atomic_add(counters + tile, 1, sem="acq_rel")
     if came == last - first:
         tl.store(counters + tile, 0)
@@ -226,7 +232,7 @@ def few_rows_shared(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
     PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, BESIDE: tl.constexpr,
-    PDL: tl.constexpr, IEEE: tl.constexpr, INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """`few_rows` with the BLOCKS blocks of all tiles laid end to end and shared evenly among PROGRAMS programs.
 
@@ -264,7 +270,7 @@ def few_rows_shared(
                 _finish(y, value, m, live, bias, tile, columns, BN, BIAS, GATED)
             else:
                 _meet(value, m, live, planes, counters, y, bias, tile, first, last, program, columns, TOKENS, BN, MOST,
-                      BIAS, GATED, INTERPRETED)
+                      BIAS, GATED)
             acc = tl.zeros([BN, TOKENS], tl.float32)
     if PDL and BESIDE:
         wait()
@@ -343,7 +349,7 @@ def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dt
     tiles, blocks = -(-columns // BN), -(-depth // BK)
     if tile.shared:
         programs = min(tile.shared * processors(), tiles * blocks)
-        constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs, "INTERPRETED": INTERPRETED}
+        constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs}
         return Launch(few_rows_shared, (programs, 1), constants, types)
     constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK)))}
     return Launch(few_rows, (tile.split, tiles), constants, types)

@@ -13,7 +13,8 @@ from kernels.target import INTERPRETED  # isort: skip  # noqa: F401  (before tri
 import triton
 import triton.language as tl
 
-from kernels.branch import _dot, _entry, _number, _pin, _trigger, _wait
+from kernels.branch import _dot, _entry, _number, _pin
+from kernels.dependent import trigger, wait
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def shrink_stream(
     most ceil(steps of d_in / least) + 1 parts, numbered from its first program on.
     """
     if PDL:
-        _trigger()
+        trigger()
     NK: tl.constexpr = (K + BK - 1) // BK
     EVEN: tl.constexpr = K % BK == 0
     tasks = tl.load(counts) * SLICES
@@ -44,7 +45,7 @@ def shrink_stream(
     m = tl.arange(0, BM)
     r = tl.arange(0, R)
     if PDL:
-        _wait()
+        wait()
     while at < end:
         task = at // NK
         s = task % SLICES
@@ -80,7 +81,7 @@ def expand_stream(
     NK, least, former: the shrink's steps of d_in, least share and programs; a tile has at most SPLIT + 1 parts.
     """
     if PDL:
-        _trigger()
+        trigger()
     N0: tl.constexpr = (W0 + BN - 1) // BN
     N1: tl.constexpr = N0 + (W1 + BN - 1) // BN
     NN: tl.constexpr = N1 + (W2 + BN - 1) // BN
@@ -94,7 +95,7 @@ def expand_stream(
     r = tl.arange(0, R)
     dtype: tl.constexpr = b.dtype.element_ty
     if PDL:
-        _wait()
+        wait()
     while at < end:
         tile = at // NN
         block = at - tile * NN

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from policies.ledger import FAILED, UNFINISHED, Ledger
 from policies.view import PREFILLING, WAITING, Entry
-from traces.request import Request
+from traces.request import Request, Trace
 
 
 def call_off(ledger: Ledger, now_ns: int) -> None:
@@ -47,6 +47,11 @@ def cut_off(ledger: Ledger, now_ns: int) -> list[int]:
     for request in left:
         fail(ledger, request, now_ns, UNFINISHED)
     return left
+
+
+def end_ps(trace: Trace, drain_s: float) -> int:
+    """When a run ends that goes on for `drain_s` after the last arrival of `trace`, which has one."""
+    return int(trace.arrival_ns[-1]) * 1000 + round(drain_s * 1e12)
 
 
 def note_on_cut_off(requests: int, of: int, drain_s: float) -> str:

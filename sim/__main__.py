@@ -26,6 +26,7 @@ from sim.progress import Progress
 from traces.options import (
     SuggestingParser,
     add_trace_arguments,
+    check_end,
     count,
     load_trace,
     names,
@@ -109,8 +110,7 @@ def sim_config(args: argparse.Namespace, profile: Profile) -> SimConfig:
         raise ValueError(f"--gpus {args.gpus} must be 1 to {MOST_GPUS}, --page-tokens {args.page_tokens} at least 1")
     if args.memory_share > 1:
         raise ValueError(f"--memory-share {args.memory_share} is above 1")
-    if args.drain is not None and args.closed_loop:
-        raise ValueError("--drain counts from the last arrival, and a --closed-loop has none of its own: drop one")
+    check_end(args.drain, args.closed_loop)
     if args.operator not in (None, "none"):
         profile.named("lora", args.operator)
     return SimConfig(

@@ -63,7 +63,7 @@ class SimConfig:
         """When a replay of `trace` ends, whoever is unfinished then."""
         if self.drain_s is None or not len(trace):
             return FOREVER_PS
-        return int(trace.arrival_ns[-1]) * PS_PER_NS + round(self.drain_s * 1e12)
+        return faults.end_ps(trace, self.drain_s)
 
 
 def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,

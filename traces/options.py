@@ -52,6 +52,12 @@ def not_negative(text: str) -> float:
     return value
 
 
+def check_end(drain: float | None, closed_loop: int) -> None:
+    """ValueError for a `--drain` of a closed loop."""
+    if drain is not None and closed_loop:
+        raise ValueError("--drain counts from the last arrival, and a --closed-loop has none of its own: drop one")
+
+
 def count(text: str) -> int:
     """A whole number of at least 0, up to 10^15."""
     if not (text.isascii() and text.isdigit() and len(text) <= 15):

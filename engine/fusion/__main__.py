@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from engine.options import EXIT_TIME
 from traces.options import count
 from traces.suggest import SuggestingParser
 from traces.whole_file import replace_text
 
 COMPARE = ("heuristic", "heuristic-early", "decoded")
 SIZES = ("seconds", "small", "full")
-EXIT_FLOOR, EXIT_TIME = 3, 75
+EXIT_FLOOR = 3
 DEFAULT_RETRIES, DEMO_RETRIES = 12, 2
 """Attempts on fewer adapters where there are more domains than can be proven."""
 
