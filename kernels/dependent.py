@@ -10,6 +10,7 @@ from __future__ import annotations
 from kernels.target import INTERPRETED, has_dependent_launch  # isort: skip  (before triton: it may choose the interpreter)
 
 import triton
+import triton.language as tl  # noqa: F401  (the interpreter looks for it)
 
 if INTERPRETED:
 
