@@ -49,7 +49,12 @@ OPTIONS = Options(RECIPE, None, ("heuristic", "decoded"), yardstick=2)
 ARGUMENTS = ("--rank", "8", "--steps", "24", "--batch", "8", "--learning-rate", "5e-3", "--device", "cpu", "--workers", "1")
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def paint(folder, name, number, split, rng):
