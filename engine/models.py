@@ -29,6 +29,7 @@ VIDEO_IMAGES = {"llava": 3, "qwen2_vl": 6}
 QWEN_IMAGE_SIZE = 448
 TINY_IMAGE_SIZE = 56
 INIT_STD = 0.02
+ALIGNMENT_BYTES = 16
 
 
 class ModelError(ValueError):
@@ -246,7 +247,10 @@ def load_checkpoint(directory: str | Path, *, dtype: torch.dtype, device: str, a
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
-    return Model(_frozen(hf.to(device)), shape_of(path.name, hf.config), str(path), False)
+    hf = hf.to(device)
+    for weight in (weight for weight in hf.parameters() if weight.data_ptr() % ALIGNMENT_BYTES):
+        weight.data = weight.data.clone()  # mapped from the file, where a weight may lie anywhere; folding needs it aligned
+    return Model(_frozen(hf), shape_of(path.name, hf.config), str(path), False)
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: str, seed: int = 0) -> Model:
