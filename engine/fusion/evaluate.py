@@ -19,6 +19,8 @@ from engine.fusion.workbench import Sample, Workbench
 BATCH_TOKENS = 32_768
 """Prompt tokens that run at once."""
 MAX_NEW_TOKENS = 64
+ROOM = 4
+"""Tokens that an answer may be longer than the longest trained one."""
 
 
 def evaluate(bench: Workbench, name: str, split: str, head: Head | None) -> Score:
@@ -74,7 +76,7 @@ def _decode(bench: Workbench, sample: Sample, index: list[int], tails: list[list
     """Greedy ids of each answer, its end included if it came within the longest trained answer and a little more."""
     from transformers import DynamicCache
 
-    steps = min(MAX_NEW_TOKENS, max(len(ids) for ids in sample.answers) + 4)
+    steps = min(MAX_NEW_TOKENS, max(len(ids) for ids in sample.answers) + ROOM)
     cache = DynamicCache(config=bench.model.hf.config.get_text_config())
     hidden = bench.hidden(sample, index, bench.wording.pack([(tail, []) for tail in tails]), cache)[:, -1:]
     language, lm_head = bench.model.hf.model.language_model, bench.model.hf.lm_head

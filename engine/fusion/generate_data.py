@@ -34,19 +34,21 @@ YAML = "domains.yaml"
 
 @dataclass(frozen=True)
 class Made:
-    """A generated domain: its task, its drawings, and the share of its own adapter's accuracy that it must keep."""
+    """A generated domain: its task, its drawings, its training examples against a class's, and the share of its own
+    adapter's accuracy that it must keep."""
 
     task: str
     draw: Callable[[np.random.Generator], Drawing]
+    more: int = 1
     relative: float = 0.85
 
 
 GENERATED: dict[str, Made] = {
     "textures": Made("classify", drawn.texture), "digits": Made("classify", drawn.digit),
     "typefaces": Made("classify", drawn.typeface), "tissue": Made("classify", drawn.tissue),
-    "vehicles": Made("detect", drawn.aerial), "nodules": Made("detect", drawn.radiograph),
-    "charts": Made("vqa", drawn.chart), "stock": Made("vqa", drawn.tally), "labels": Made("caption", drawn.shelf),
-    "pointing": Made("refer", drawn.refer), "cells": Made("video", drawn.drift), "gestures": Made("video", drawn.gesture),
+    "vehicles": Made("detect", drawn.aerial, 2), "nodules": Made("detect", drawn.radiograph),
+    "charts": Made("vqa", drawn.chart, 2), "stock": Made("vqa", drawn.tally, 2), "labels": Made("caption", drawn.shelf, 2),
+    "pointing": Made("refer", drawn.refer, 3), "cells": Made("video", drawn.drift), "gestures": Made("video", drawn.gesture),
 }  # fmt: skip
 
 
@@ -97,6 +99,7 @@ def _drawings(name: str, counts: Mapping[str, int], seed: int):
         numbers = iter(rng.permutation(available).tolist())
         share = min(1.0, available / sum(counts.values()))
         counts = {split: int(count * share) for split, count in counts.items()}
+    counts = counts | {"train": counts["train"] * GENERATED[name].more}
     for split, count in counts.items():
         for number in range(count):
             yield split, number, drawn.digit(rng, next(numbers)) if numbers is not None else GENERATED[name].draw(rng)

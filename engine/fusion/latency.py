@@ -131,8 +131,8 @@ def cases_of(model: Model, wording: Wording, domains_yaml: Path, packing: dict[s
         plain, queried, tokens = [], [], []
         for example in domain.examples["heldout"][:requests]:
             pixels = [load_image(path, model.shape).to(model.device, model.dtype) for path in example.images]
-            plain.append(_prompt(model, wording, pixels, wording.tail(example.question)))
-            queried.append(_prompt(model, wording, pixels, wording.tail(example.question, queries=domain.boxed)))
+            plain.append(prompt_of(model, wording, pixels, wording.tail(example.question)))
+            queried.append(prompt_of(model, wording, pixels, wording.tail(example.question, queries=domain.boxed)))
             side = float(model.shape.image_size)
             boxes = tuple(box._replace(x1=box.x1 / side, y1=box.y1 / side, x2=box.x2 / side, y2=box.y2 / side)
                           for box in example.boxes)  # fmt: skip
@@ -142,7 +142,8 @@ def cases_of(model: Model, wording: Wording, domains_yaml: Path, packing: dict[s
     return cases
 
 
-def _prompt(model: Model, wording: Wording, pixels: list[torch.Tensor], tail: list[int]) -> Prompt:
+def prompt_of(model: Model, wording: Wording, pixels: list[torch.Tensor], tail: list[int]) -> Prompt:
+    """Lead, images and `tail` as the engine takes them."""
     ids, starts = list(wording.lead), []
     for number in range(len(pixels)):
         ids += wording.between if number else []

@@ -1,7 +1,8 @@
 """A small LLaVA made here: transformers' own classes, trained from scratch in minutes on plain drawings with text.
 
 Vision tower, projector and decoder of LLaVA-1.5 at a hundredth of its size or less, and a tokenizer of the words
-that the drawings use. The result is a checkpoint directory like any other: `engine.models` and `engine.fusion` cannot
+that the drawings use. It answers in words; where one thing is asked for, it also learns to know its corners at the position
+that a box head reads. The result is a checkpoint directory like any other: `engine.models` and `engine.fusion` cannot
 tell it from a downloaded one. Killed at any moment it goes on at its last checkpoint. It never sees a domain's images.
 """
 
@@ -11,7 +12,7 @@ import gc
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +21,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.fusion import checkpoint
 from engine.fusion.drawings import PLAIN, SIZE, Drawing
 from engine.fusion.graphed import CausalDecoder, Graphs
-from engine.fusion.wording import QUERIES, Wording
+from engine.fusion.task_heads import GIOU_WEIGHT, L1_WEIGHT, corners_of, giou
+from engine.fusion.wording import QUERIES, Packed, Wording
 from engine.images import DEVIATION, MEAN
 
 PATCH = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 IMAGE = "<image>"
 CHECKPOINT = "pretraining.safetensors"
+POINTED_SHARE = 0.25
+"""Of the steps: where a drawing has a box, it is regressed at the last query position, as a box head will read it."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,13 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     log(f"pretrain: {len(drawings)} plain drawings in {time.monotonic() - started:.1f} s")
     tokenizer = build_tokenizer([*texts, *(f"{d.question} {d.answer}" for d in drawings)])
     model = build_model(size, len(tokenizer), seed).to(device)
-    _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed,
-           Graphs(log, graphs), deadline, log)
+    with sdpa_kernel(SDPBackend.MATH):  # the others add up in any order, unless torch may refuse what has no fixed one
+        _train(model, Wording("llava", tokenizer, len(tokenizer) - 1), drawings, size, work / CHECKPOINT, seed,
+               Graphs(log, graphs), deadline, log)
     unfinished = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.to("cpu").save_pretrained(unfinished)
+    model.to("cpu", torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as it will be loaded
+    model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
     checkpoint.put_in_place(unfinished, folder)
     shutil.rmtree(work, ignore_errors=True)
@@ -142,50 +149,81 @@ def _drawn(numbers: range, seed: int) -> list[Drawing]:
     return [PLAIN[i % len(PLAIN)](np.random.default_rng([seed, i])) for i in numbers]
 
 
+class _Lessons:
+    """What each step trains on: stills and clips answered in words, and stills with a box that is pointed at."""
+
+    def __init__(self, drawings: list[Drawing], wording: Wording, device: torch.device):
+        pixels, self.owners = _pixels(drawings)
+        self.pixels = pixels.to(device)
+        self.told = [(wording.tail(d.question), wording.answer(d.answer)) for d in drawings]
+        self.asked = {i: (wording.tail(d.question, queries=True), []) for i, d in enumerate(drawings) if len(d.boxes) == 1}
+        self.corners = {i: [v / SIZE for v in drawings[i].boxes[0][1]] for i in self.asked}
+        moving = np.array([len(drawing.frames) > 1 for drawing in drawings])
+        self.stills, self.clips, self.boxed = np.flatnonzero(~moving), np.flatnonzero(moving), np.array(sorted(self.asked))
+        self.words, self.questions = (_longest(moving, pairs) for pairs in (dict(enumerate(self.told)), self.asked))
+
+    def of_step(self, seed: int, step: int, batch: int) -> tuple[bool, list[int]]:
+        """(whether to point, drawings of one number of frames)."""
+        rng = np.random.default_rng([seed, 1, step])
+        pointed = len(self.boxed) > 0 and rng.random() < POINTED_SHARE
+        group = self.clips if rng.random() < len(self.clips) / len(self.owners) else self.stills
+        group = self.boxed if pointed else group
+        return pointed, group[rng.integers(len(group), size=batch)].tolist()
+
+
+def _longest(moving: np.ndarray, pairs: Mapping[int, tuple[list[int], list[int]]]) -> dict[bool, int]:
+    """Ids of the longest tail with its answer, of stills (False) and of clips."""
+    longest: dict[bool, int] = {}
+    for i, (tail, answer) in pairs.items():
+        longest[bool(moving[i])] = max(longest.get(bool(moving[i]), 0), len(tail) + len(answer))
+    return longest
+
+
 def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: Path, seed: int,
            graphs: Graphs, deadline: float | None, log) -> None:
     device = model.lm_head.weight.device
-    pixels, owners = _pixels(drawings)
-    pixels = pixels.to(device)
-    encoded = [(wording.tail(d.question), wording.answer(d.answer)) for d in drawings]
-    moving = np.array([len(drawing.frames) > 1 for drawing in drawings])
-    stills, clips = np.flatnonzero(~moving), np.flatnonzero(moving)
-    longest: dict[int, int] = {}  # ids of a prompt's tail and answer, by number of frames
-    for drawing, (tail, answer) in zip(drawings, encoded, strict=True):
-        longest[len(drawing.frames)] = max(longest.get(len(drawing.frames), 0), len(tail) + len(answer))
-    parameters = dict(model.named_parameters())
+    lessons = _Lessons(drawings, wording, device)
+    pointer = torch.nn.Linear(model.lm_head.in_features, 4, device=device)  # trains the model, and is not kept
+    with torch.no_grad():
+        pointer.weight.zero_()
+        pointer.bias.zero_()
+    parameters = dict(model.named_parameters()) | {f"pointer.{name}": p for name, p in pointer.named_parameters()}
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
-    first, loss = 0, 0.0
+    first, key = 0, [repr(size), len(wording.tokenizer), seed, POINTED_SHARE]
     found = checkpoint.load(path)
-    key = [repr(size), len(wording.tokenizer), seed]
     if found is not None and found[1]["key"] != key:
         log("pretrain: the checkpoint is of another model or tokenizer; starts over")
         found = None
     if found is not None:
         checkpoint.restore(found[0], parameters, optimizer)
-        first, loss = found[1]["step"], found[1]["loss"]
+        first = found[1]["step"]
         log(f"pretrain: goes on at step {first}")
     model.train()
-    recent: list[torch.Tensor] = []
+    recent: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     for step in range(first, size.steps):
-        rng = np.random.default_rng([seed, 1, step])
-        group = clips if rng.random() < len(clips) / len(drawings) else stills
-        chosen = group[rng.integers(len(group), size=size.batch)].tolist()
+        pointed, chosen = lessons.of_step(seed, step, size.batch)
         warm, left = min(1.0, (step + 1) / 100), 1 - step / size.steps
         optimizer.param_groups[0]["lr"] = size.learning_rate * warm * (0.02 + 0.98 * left)
-        batch = pixels[torch.tensor([owners[i] for i in chosen], device=device)]
-        length = longest[len(batch[0])] if device.type == "cuda" else 0  # one shape, one graph
-        now = _loss(model, wording, graphs, batch, [encoded[i] for i in chosen], length)
+        batch = lessons.pixels[torch.tensor([lessons.owners[i] for i in chosen], device=device)]
+        longest = (lessons.questions if pointed else lessons.words)[batch.shape[1] > 1]
+        said = [lessons.asked[i] if pointed else lessons.told[i] for i in chosen]
+        packed = wording.pack(said, longest if device.type == "cuda" else 0)  # one shape, one graph
+        hidden = _hidden(model, wording, graphs, batch, packed)
+        if pointed:
+            now = _pointing_loss(pointer, hidden, packed, torch.tensor([lessons.corners[i] for i in chosen]))
+        else:
+            now = _loss(model, hidden, packed)
         optimizer.zero_grad(set_to_none=True)
         now.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        recent.append(now.detach())
+        recent[pointed].append(now.detach())
         if (step + 1) % size.checkpoint_every == 0 and step + 1 < size.steps:
-            loss, recent = float(torch.stack(recent).mean()), []
-            log(f"pretrain: step {step + 1}/{size.steps}, loss {loss:.3f}")
+            words, boxes = (float(torch.stack(kept).mean()) if kept else float("nan") for kept in recent.values())
+            log(f"pretrain: step {step + 1}/{size.steps}, loss {words:.3f}, of boxes {boxes:.3f}")
+            recent = {False: [], True: []}
             tensors = checkpoint.training_tensors(parameters, optimizer)
-            checkpoint.save(path, tensors, {"step": step + 1, "loss": loss, "key": key})
+            checkpoint.save(path, tensors, {"step": step + 1, "key": key})
             checkpoint.stop_if_late(deadline)
     model.eval()
 
@@ -223,17 +261,26 @@ class _Seeing(torch.nn.Module):
             return self.decoder(self._wording.interleave(words, features))
 
 
-def _loss(model, wording: Wording, graphs: Graphs, pixels: torch.Tensor, encoded: list[tuple[list[int], list[int]]],
-          length: int) -> torch.Tensor:  # fmt: skip
-    """Cross-entropy of the answers. pixels uint8 [batch, frames, 3, size, size]; encoded: (tail, answer) ids of each, padded
-    to `length`."""
-    packed, device, frames = wording.pack(encoded, length), pixels.device, pixels.shape[1]
-    words = model.get_input_embeddings()(wording.words(frames, packed.ids.to(device)))
+def _hidden(model, wording: Wording, graphs: Graphs, pixels: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Last hidden states [batch, ids, hidden] at `packed.ids`. pixels uint8 [batch, frames, 3, size, size]."""
+    frames = pixels.shape[1]
+    words = model.get_input_embeddings()(wording.words(frames, packed.ids.to(pixels.device)))
     tokens = words.shape[1] + frames * (SIZE // PATCH) ** 2
     key = (len(pixels), frames, tokens)
-    hidden = graphs.run(key, lambda: _Seeing(model, wording, tokens), pixels, words)
-    start = tokens - packed.ids.shape[1]
-    rows, columns, targets = packed.rows.to(device), packed.columns.to(device) + start, packed.targets.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=pixels.is_cuda):
+    return graphs.run(key, lambda: _Seeing(model, wording, tokens), pixels, words)[:, tokens - packed.ids.shape[1] :]
+
+
+def _loss(model, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Cross-entropy of the answers."""
+    rows, columns, targets = (t.to(hidden.device) for t in (packed.rows, packed.columns, packed.targets))
+    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.is_cuda):
         logits = model.lm_head(hidden[rows, columns])
     return torch.nn.functional.cross_entropy(logits.float(), targets)
+
+
+def _pointing_loss(pointer: torch.nn.Linear, hidden: torch.Tensor, packed: Packed, corners: torch.Tensor) -> torch.Tensor:
+    """That of a box head (`engine.fusion.task_heads`) at the last position. corners [batch, 4] in 0..1."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    found = corners_of(pointer(hidden[rows, packed.last.to(hidden.device)].float()).sigmoid())
+    wanted = corners.to(hidden.device)
+    return L1_WEIGHT * (found - wanted).abs().sum(-1).mean() / 4 + GIOU_WEIGHT * (1 - giou(found, wanted)).mean()

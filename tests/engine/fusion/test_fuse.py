@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +19,19 @@ pytest.importorskip("peft")
 pytest.importorskip("yaml")
 pytest.importorskip("scipy")
 
-from peft import load_peft_weights, set_peft_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from engine.fusion import generate_data, latency, pretrain, train  # noqa: E402
+from engine.fusion import generate_data, latency, pretrain, served, train  # noqa: E402
 from engine.fusion.checkpoint import OutOfTime  # noqa: E402
 from engine.fusion.domains import load_domains  # noqa: E402
-from engine.fusion.evaluate import predict  # noqa: E402
 from engine.fusion.fuse import Options, fuse  # noqa: E402
 from engine.fusion.graphed import CausalDecoder, Graphs  # noqa: E402
 from engine.fusion.report import curves, draw, render, summary  # noqa: E402
-from engine.fusion.task_heads import Head, corners_of, giou, match  # noqa: E402
+from engine.fusion.task_heads import corners_of, giou, match  # noqa: E402
 from engine.fusion.train import Recipe  # noqa: E402
 from engine.fusion.workbench import open_workbench  # noqa: E402
-from engine.images import load_image  # noqa: E402
 from engine.models import load_checkpoint  # noqa: E402
 
-SERVED = partial(argparse.Namespace, targets="attention", max_tokens=6, seed=0)
 ROOT = Path(__file__).parents[3]
 COLOURS = {"lava": (220, 40, 40), "moss": (40, 200, 60), "ice": (60, 80, 220)}
 BASE = pretrain.Size(32, 2, 64, 2, 4, steps=6, batch=8, drawings=60, checkpoint_every=3)
@@ -157,39 +151,22 @@ def test_a_second_time_everything_is_found_and_nothing_trained(world, fused):
     assert not [line for line in said if "step " in line]
 
 
-def test_the_engine_gives_the_same_answers(world, fused):
+@pytest.mark.parametrize("policy", ["fcfs", "merged-only"])
+def test_the_engine_gives_the_same_answers(world, fused, policy):
     """The adapters that were written, served by the engine (ledger, runner, LoRA branch, head): the same answers."""
-    from engine.generate import answer
-    from engine.prompts import Prompt
-
     output, report, _ = fused
     base, yaml = world
     bench = open_workbench(base, load_domains(yaml), rank=8, alpha=16.0, dropout=0.0, device="cpu")
     model = load_checkpoint(base, dtype=torch.float32, device="cpu")
-    for name in ("ground", "red", "spots"):
-        adapter = report["domains"][name]["adapter"]
-        folder = output / "adapters" / adapter
-        set_peft_model_state_dict(bench.peft, load_peft_weights(str(folder), device="cpu"))
-        head = written_head(bench, folder)
-        sample = bench.sample(name, "heldout")
-        tails = sample.queried if name == "spots" else sample.plain
-        expected = predict(bench, sample, head)
-        for i in range(0, 48, 8):
-            ids = [*bench.wording.lead, *[model.shape.image_token_id] * model.shape.image_tokens, *tails[i]]
-            pixels = load_image(bench.domain(name).examples["heldout"][i].images[0], model.shape)
-            prompt = Prompt(np.array(ids, np.int32), (len(bench.wording.lead),), [pixels])
-            asked = SERVED(adapter=adapter, adapter_dir=str(output / "adapters"), head=name != "red")
-            tokens, said, _ = answer(model, prompt, asked)
-            if name == "red":
-                assert bench.wording.text(tokens) == expected[i]
-            elif name == "ground":
-                found = said if isinstance(said, int) else int(said.classes[-1])
-                assert head.rows[found] == f"ground/{expected[i]}"
-            else:
-                kept = [q for q, row in enumerate(said.classes.tolist()) if head.rows[row] == "spots/spot"]
-                served = sorted(corners_of(said.boxes[q]).tolist() for q in kept)
-                trained = sorted(list(box[1:5]) for box in expected[i])
-                assert served == [pytest.approx(corners, abs=1e-4) for corners in trained]
+    packing = {name: row["adapter"] for name, row in report["domains"].items()}
+    rows = served.check(model, bench, packing, output / "adapters", policy)
+    assert [row["domain"] for row in rows] == ["ground", "red", "spots"]
+    for row in rows:
+        assert row["requests"] == 48
+        assert row["same_answers"] == 1.0
+        assert row["served"] == row["trained"] == report["domains"][row["domain"]]["packed"]
+    told = {"model": {"name": "m"}, "device": {"name": "d"}, "policy": policy, "domains": rows}
+    assert "100.0%" in served.render(told)
 
 
 def test_a_question_alone_suffices_for_boxes(world, fused, capsys):
@@ -234,17 +211,6 @@ def test_the_head_answers_in_fewer_steps_than_decoding(world, fused):
     text = latency.render({"model": {"name": "m"}, "device": {"name": "d"}, "cases": found})
     assert "spots" in text
     assert "-63 to -41 %" in text
-
-
-def written_head(bench, folder):
-    """The head that lies in an adapter's folder, None where there is none."""
-    if not (folder / "vision_head.json").exists():
-        return None
-    told = json.loads((folder / "vision_head.json").read_text())
-    head = Head([bench.domain(name) for name in told["domains"]], bench.model.shape.hidden, 0)
-    assert list(head.rows) == told["rows"]
-    head.copy_rows(told["rows"], load_file(folder / "vision_head.safetensors"))
-    return head
 
 
 def test_pre_training_goes_on_where_it_was(world, tmp_path):
