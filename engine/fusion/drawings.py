@@ -29,15 +29,6 @@ PLAIN_FONTS = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "STIXGeneral.ttf", "DejaVuSa
 Corners = tuple[float, float, float, float]
 
 
-class Drawing(NamedTuple):
-    """frames: one image, or a clip's in order. boxes: (label, corners in pixels of the finished image)."""
-
-    frames: list[Image.Image]
-    question: str = ""
-    answer: str = ""
-    boxes: tuple[tuple[str, Corners], ...] = ()
-
-
 class Thing(NamedTuple):
     """A shape in a scene; centre and half width in drawn pixels."""
 
@@ -51,6 +42,17 @@ class Thing(NamedTuple):
     def box(self) -> Corners:
         corners = (self.x - self.half, self.y - self.half, self.x + self.half, self.y + self.half)
         return tuple(v * SIZE / DRAWN for v in corners)
+
+
+class Drawing(NamedTuple):
+    """frames: one image, or a clip's in order. boxes: (label, corners in pixels of the finished image). things: all that
+    stand in a plain scene, whatever is asked; none where that is not known."""
+
+    frames: list[Image.Image]
+    question: str = ""
+    answer: str = ""
+    boxes: tuple[tuple[str, Corners], ...] = ()
+    things: tuple[Thing, ...] = ()
 
 
 def finish(image: Image.Image, rng: np.random.Generator, noise: float = 4.0, blur: float = 0.0) -> Image.Image:
@@ -123,7 +125,10 @@ def plain_scene(rng: np.random.Generator) -> Drawing:
     things = scatter(rng, int(rng.integers(1, 4)))
     for thing in things:
         draw_shape(ImageDraw.Draw(image), thing)
-    image = finish(image, rng)
+    return _asked(finish(image, rng), things, rng)._replace(things=tuple(things))
+
+
+def _asked(image: Image.Image, things: list[Thing], rng: np.random.Generator) -> Drawing:
     one = pick(rng, things)
     kind = int(rng.integers(7))
     if kind > 4 and len(things) > 1:
@@ -152,13 +157,13 @@ def plain_places(rng: np.random.Generator) -> Drawing:
     for thing in things:
         draw_shape(ImageDraw.Draw(image), thing)
     told = " ; ".join(f"{thing.shape} {corners_text(thing.box)}" for thing in things)
-    return Drawing([finish(image, rng)], "list the shapes and where they are", told)
+    return Drawing([finish(image, rng)], "list the shapes and where they are", told, (), tuple(things))
 
 
 def plain_where(rng: np.random.Generator) -> Drawing:
-    """Two or three flat shapes, one of them to be found by its side, its size or its looks."""
+    """One to three flat shapes, one of them to be found by its side, its size or its looks."""
     image = canvas(rng) if rng.random() < 0.5 else toned(rng.normal(0, 0.3, (DRAWN, DRAWN)), rng)
-    things = scatter(rng, int(rng.integers(2, 4)))
+    things = scatter(rng, int(rng.integers(1, 4)))
     for thing in things:
         draw_shape(ImageDraw.Draw(image), thing)
     by_x, by_size = (sorted(things, key=lambda t, n=n: getattr(t, n)) for n in ("x", "half"))
@@ -167,7 +172,8 @@ def plain_where(rng: np.random.Generator) -> Drawing:
         ("shape on the left", by_x[0]), ("shape on the right", by_x[-1]), ("largest shape", by_size[-1]),
         (f"{looks.colour} {looks.shape}", looks), (f"{looks.colour} {looks.shape}", looks),
     ))  # fmt: skip
-    return Drawing([finish(image, rng)], f"where is the {said}", corners_text(meant.box), (("object", meant.box),))
+    return Drawing([finish(image, rng)], f"where is the {said}", corners_text(meant.box), (("object", meant.box),),
+                   tuple(things))  # fmt: skip
 
 
 def plain_letter(rng: np.random.Generator) -> Drawing:

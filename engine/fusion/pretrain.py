@@ -9,6 +9,7 @@ tell it from a downloaded one. Killed at any moment it goes on at its last check
 from __future__ import annotations
 
 import gc
+import math
 import re
 import shutil
 import time
@@ -24,7 +25,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.fusion import checkpoint
-from engine.fusion.drawings import PLAIN, SIZE, Drawing
+from engine.fusion.drawings import COLOURS, PLAIN, SHAPES, SIZE, Drawing
 from engine.fusion.graphed import CausalDecoder, Graphs
 from engine.fusion.task_heads import GIOU_WEIGHT, L1_WEIGHT, corners_of, giou
 from engine.fusion.wording import QUERIES, Packed, Wording
@@ -34,6 +35,9 @@ PATCH = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 IMAGE = "<image>"
 CHECKPOINT = "pretraining.safetensors"
+UNKNOWN = -100
+PLACE_SCALE = 0.5
+"""Of the waves of places: about what patches of an untrained tower come to."""
 POINTED_SHARE = 0.25
 """Of the steps: where a drawing has a box, it is regressed at the last query position, as a box head will read it."""
 
@@ -57,7 +61,7 @@ class Size:
 SIZES = {
     "seconds": Size(48, 3, 64, 2, 4, 60, 16, 400, 2e-3, 20),
     "small": Size(96, 4, 128, 3, 4, 3000, 32, 20000, 1e-3, 100),
-    "full": Size(256, 6, 384, 8, 6, 4000, 256, 100000, 6e-4, 500),
+    "full": Size(256, 6, 384, 8, 6, 3000, 256, 100000, 6e-4, 500),
 }
 
 
@@ -99,7 +103,24 @@ def build_model(size: Size, vocabulary: int, seed: int):
     )  # fmt: skip
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return LlavaForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        model = LlavaForConditionalGeneration._from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    tower = next(module for name, module in model.named_modules() if name.endswith("position_embedding"))
+    with torch.no_grad():
+        tower.weight[1:] += places_of_patches(SIZE // PATCH, size.vision)  # the first is the class token's
+    return model
+
+
+def places_of_patches(side: int, width: int) -> torch.Tensor:
+    """[side * side, width]: waves of column and row, with which a tower knows from the start where a patch is.
+
+    Otherwise it finds out after thousands of steps, and boxes after that.
+    """
+    count = width // 4
+    places = (torch.arange(side) + 0.5) / side
+    angles = places[:, None] * math.pi * torch.logspace(-1, math.log2(side), count, 2)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    both = torch.cat([waves.repeat(side, 1), waves.repeat_interleave(side, 0)], 1)  # column, row
+    return PLACE_SCALE * torch.nn.functional.pad(both, (0, width - both.shape[1]))
 
 
 def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: str, seed: int = 0, jobs: int = 1,
@@ -160,6 +181,7 @@ class _Lessons:
         self.corners = {i: [v / SIZE for v in drawings[i].boxes[0][1]] for i in self.asked}
         moving = np.array([len(drawing.frames) > 1 for drawing in drawings])
         self.stills, self.clips, self.boxed = np.flatnonzero(~moving), np.flatnonzero(moving), np.array(sorted(self.asked))
+        self.kinds, self.boxes = (found.to(device) for found in _patches(drawings))
         self.words, self.questions = (_longest(moving, pairs) for pairs in (dict(enumerate(self.told)), self.asked))
 
     def of_step(self, seed: int, step: int, batch: int) -> tuple[bool, list[int]]:
@@ -169,6 +191,55 @@ class _Lessons:
         group = self.clips if rng.random() < len(self.clips) / len(self.owners) else self.stills
         group = self.boxed if pointed else group
         return pointed, group[rng.integers(len(group), size=batch)].tolist()
+
+
+class Aside(torch.nn.Module):
+    """What trains the model beside its words, and is not kept: the box of what was asked for, read at the last query
+    position, and of each patch of an image which thing it is part of, and that thing's box."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.asked, self.box, self.kind = (torch.nn.Linear(hidden, n) for n in (4, 4, 1 + len(SHAPES) * len(COLOURS)))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+
+    def pointing(self, hidden: torch.Tensor, packed: Packed, corners: torch.Tensor) -> torch.Tensor:
+        """The loss of a box head (`engine.fusion.task_heads`) at the last position. corners [batch, 4] in 0..1."""
+        last = hidden[torch.arange(len(hidden), device=hidden.device), packed.last.to(hidden.device)]
+        return _apart(corners_of(self.asked(last.float()).sigmoid()), corners.to(hidden.device)).mean()
+
+    def patches(self, features: torch.Tensor, kinds: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Over the patches of known scenes. features [batch, patches, hidden]; kinds int64 [batch, patches], UNKNOWN where
+        no scene is known, 0 where nothing is; boxes [batch, patches, 4]."""
+        features, known, filled = features.float(), kinds != UNKNOWN, kinds > 0
+        named = torch.nn.functional.cross_entropy(self.kind(features).flatten(0, 1), kinds.flatten(), reduction="none",
+                                                  ignore_index=UNKNOWN)  # fmt: skip
+        apart = _apart(corners_of(self.box(features).sigmoid()), boxes)
+        return named.sum() / known.sum().clamp(min=1) + (apart * filled).sum() / filled.sum().clamp(min=1)
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far corners [..., 4] are apart, as a box head's training weighs it."""
+    return L1_WEIGHT * (found - wanted).abs().sum(-1) / 4 + GIOU_WEIGHT * (1 - giou(found, wanted))
+
+
+def _patches(drawings: list[Drawing]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kinds int64 [n, patches], boxes [n, patches, 4]): the thing in whose box the middle of each patch lies."""
+    side = SIZE // PATCH
+    middles = (np.arange(side) + 0.5) * PATCH
+    kinds = np.zeros((len(drawings), side, side), np.int64)
+    boxes = np.zeros((len(drawings), side, side, 4), np.float32)
+    colours = list(COLOURS)
+    for number, drawing in enumerate(drawings):
+        if not drawing.things:
+            kinds[number] = UNKNOWN
+        for thing in drawing.things:
+            x1, y1, x2, y2 = thing.box
+            inside = np.outer((middles > y1) & (middles < y2), (middles > x1) & (middles < x2))
+            kinds[number][inside] = 1 + SHAPES.index(thing.shape) * len(colours) + colours.index(thing.colour)
+            boxes[number][inside] = np.array(thing.box) / SIZE
+    return torch.from_numpy(kinds).flatten(1), torch.from_numpy(boxes).flatten(1, 2)
 
 
 def _longest(moving: np.ndarray, pairs: Mapping[int, tuple[list[int], list[int]]]) -> dict[bool, int]:
@@ -183,11 +254,8 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
            graphs: Graphs, deadline: float | None, log) -> None:
     device = model.lm_head.weight.device
     lessons = _Lessons(drawings, wording, device)
-    pointer = torch.nn.Linear(model.lm_head.in_features, 4, device=device)  # trains the model, and is not kept
-    with torch.no_grad():
-        pointer.weight.zero_()
-        pointer.bias.zero_()
-    parameters = dict(model.named_parameters()) | {f"pointer.{name}": p for name, p in pointer.named_parameters()}
+    aside = Aside(model.lm_head.in_features).to(device)
+    parameters = dict(model.named_parameters()) | {f"aside.{name}": p for name, p in aside.named_parameters()}
     optimizer = checkpoint.optimizer_of(parameters, size.learning_rate, 0.01)
     first, key = 0, [repr(size), len(wording.tokenizer), seed, POINTED_SHARE]
     found = checkpoint.load(path)
@@ -208,16 +276,18 @@ def _train(model, wording: Wording, drawings: list[Drawing], size: Size, path: P
         longest = (lessons.questions if pointed else lessons.words)[batch.shape[1] > 1]
         said = [lessons.asked[i] if pointed else lessons.told[i] for i in chosen]
         packed = wording.pack(said, longest if device.type == "cuda" else 0)  # one shape, one graph
-        hidden = _hidden(model, wording, graphs, batch, packed)
+        features, hidden = _seen(model, wording, graphs, batch, packed)
         if pointed:
-            now = _pointing_loss(pointer, hidden, packed, torch.tensor([lessons.corners[i] for i in chosen]))
+            now = aside.pointing(hidden, packed, torch.tensor([lessons.corners[i] for i in chosen]))
         else:
             now = _loss(model, hidden, packed)
+        recent[pointed].append(now.detach())
+        if batch.shape[1] == 1:
+            now = now + aside.patches(features, lessons.kinds[chosen], lessons.boxes[chosen])
         optimizer.zero_grad(set_to_none=True)
         now.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        recent[pointed].append(now.detach())
         if (step + 1) % size.checkpoint_every == 0 and step + 1 < size.steps:
             words, boxes = (float(torch.stack(kept).mean()) if kept else float("nan") for kept in recent.values())
             log(f"pretrain: step {step + 1}/{size.steps}, loss {words:.3f}, of boxes {boxes:.3f}")
@@ -238,8 +308,8 @@ def _pixels(drawings: list[Drawing]) -> tuple[torch.Tensor, list[list[int]]]:
 
 
 class _Seeing(torch.nn.Module):
-    """Vision tower, projector and decoder: last hidden states from pixels uint8 [batch, frames, 3, size, size] and embedded
-    words [batch, words, hidden] of one shape."""
+    """Vision tower, projector and decoder: features and, behind them, last hidden states, from pixels uint8 [batch, frames,
+    3, size, size] and embedded words [batch, words, hidden] of one shape."""
 
     def __init__(self, model, wording: Wording, tokens: int):
         super().__init__()
@@ -258,16 +328,20 @@ class _Seeing(torch.nn.Module):
             )  # fmt: skip
             features = torch.stack(list(features.pooler_output))
             features = features.view(*pixels.shape[:2], *features.shape[1:])
-            return self.decoder(self._wording.interleave(words, features))
+            hidden = self.decoder(self._wording.interleave(words, features))
+            return torch.cat([features.flatten(1, 2).to(hidden.dtype), hidden], 1)
 
 
-def _hidden(model, wording: Wording, graphs: Graphs, pixels: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Last hidden states [batch, ids, hidden] at `packed.ids`. pixels uint8 [batch, frames, 3, size, size]."""
+def _seen(model, wording: Wording, graphs: Graphs, pixels: torch.Tensor,
+          packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Features [batch, patches of all frames, hidden], and last hidden states [batch, ids, hidden] at `packed.ids`. pixels
+    uint8 [batch, frames, 3, size, size]."""
     frames = pixels.shape[1]
     words = model.get_input_embeddings()(wording.words(frames, packed.ids.to(pixels.device)))
-    tokens = words.shape[1] + frames * (SIZE // PATCH) ** 2
-    key = (len(pixels), frames, tokens)
-    return graphs.run(key, lambda: _Seeing(model, wording, tokens), pixels, words)[:, tokens - packed.ids.shape[1] :]
+    patches = frames * (SIZE // PATCH) ** 2
+    tokens = words.shape[1] + patches
+    found = graphs.run((len(pixels), frames, tokens), lambda: _Seeing(model, wording, tokens), pixels, words)
+    return found[:, :patches], found[:, -packed.ids.shape[1] :]
 
 
 def _loss(model, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
@@ -276,11 +350,3 @@ def _loss(model, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
     with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.is_cuda):
         logits = model.lm_head(hidden[rows, columns])
     return torch.nn.functional.cross_entropy(logits.float(), targets)
-
-
-def _pointing_loss(pointer: torch.nn.Linear, hidden: torch.Tensor, packed: Packed, corners: torch.Tensor) -> torch.Tensor:
-    """That of a box head (`engine.fusion.task_heads`) at the last position. corners [batch, 4] in 0..1."""
-    rows = torch.arange(len(hidden), device=hidden.device)
-    found = corners_of(pointer(hidden[rows, packed.last.to(hidden.device)].float()).sigmoid())
-    wanted = corners.to(hidden.device)
-    return L1_WEIGHT * (found - wanted).abs().sum(-1).mean() / 4 + GIOU_WEIGHT * (1 - giou(found, wanted)).mean()
