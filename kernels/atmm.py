@@ -19,7 +19,7 @@ from triton.runtime.errors import OutOfResources
 
 from kernels import branch, skinny, stream
 from kernels.batch import LONG, Key, LoraBatch, LoraError, LoraPool, Projection
-from kernels.launch import Launch, argument
+from kernels.launch import Launch, argument, layers
 from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
@@ -107,7 +107,7 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     else:
         tiling, launches, runs = _choose(make, shape, batch)
     known = _places(tiling, shape, batch, mixture=mixture)
-    a, b = _layers(pool.a[name]), _layers(pool.b[name])
+    a, b = layers(pool.a[name]), layers(pool.b[name])
     calls = []
     for launch, run in zip(launches, runs, strict=True):
         rows = launch.constants["BM"]
@@ -170,13 +170,6 @@ def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, lis
         except OutOfResources:
             continue
     raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
-
-
-def _layers(tensor: torch.Tensor) -> list:
-    """One argument a layer of pooled factors, which the pool keeps alive and in place."""
-    if INTERPRETED:
-        return list(tensor)
-    return [tensor.data_ptr() + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]
 
 
 def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
