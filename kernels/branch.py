@@ -72,15 +72,14 @@ def shrink(
     x, a, v, route, perm, positions, pool_rows, split,
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
     BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
 
     Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
-    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part. AHEAD: x is
-    complete before the successor starts, which may read it without a wait.
+    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part.
     """
-    if PDL and not AHEAD:
+    if PDL:
         trigger()
     part = tl.program_id(0) % split
     plane = tl.program_id(0) // split // (R // BR)
@@ -108,8 +107,6 @@ def shrink(
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
         wait()
-        if AHEAD:
-            trigger()
     if rows == 0:
         return
     x_at = x + token[:, None] * XS + k[None, :]

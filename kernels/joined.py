@@ -20,17 +20,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.batch import Key, LoraBatch, LoraPool
+from kernels import skinny
+from kernels.batch import Key, LoraBatch, LoraError, LoraPool
 from kernels.branch import entry, number
-from kernels.dependent import trigger, wait
+from kernels.dependent import fetch, trigger, wait
 from kernels.launch import Launch, argument, layers
-from kernels.skinny import BK, BN, BUCKETS, Tile, all_stored, bucket_of, dot, finish, partial_sums
+from kernels.skinny import BK, BN, Tile, all_stored, bucket_of, dot, finish, partial_sums
 
 CHUNK = 64
 """Ranks that a program takes at a time."""
-PARTS = 4
-"""Programs that share the sum over K of a branch's v."""
-AHEAD = 4
+AHEAD = 3
 """Stages of the loop over the adapters' B, whose addresses are loads too."""
 BQ = 128
 """Ranks, of one adapter or more, in one step of that loop."""
@@ -54,8 +53,8 @@ else:
 def _shrink(
     x, a, z, sums, met, route, live_tiles, token, m, live, pid, pool_rows,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    R: tl.constexpr, BR: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr, PARTS: tl.constexpr,
-    PDL: tl.constexpr, IEEE: tl.constexpr,
+    FETCHED: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
+    PARTS: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """One program's part of z, BR ranks of a slice of an adapter over one of PARTS parts of K; the last to come adds all."""
     part = pid % PARTS
@@ -74,10 +73,10 @@ def _shrink(
         rows = tl.where(folded, first + rows, rows)
         first = tl.where(folded, 0, first)
     r = c * BR + tl.arange(0, BR)
-    k = part * ((K + PARTS * BK - 1) // (PARTS * BK) * BK) + tl.arange(0, BK)
-    a_at = a + (s * pool_rows + offset + tl.minimum(r, rank - 1)).to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + token[:, None] * XS + k[None, :]
-    acc = partial_sums(a_at, x_at, live, k, K, TOKENS, BR, BK, PARTS, STAGES, HELD, PDL, IEEE)
+    start = part * ((K + PARTS * BK - 1) // (PARTS * BK) * BK)
+    a_rows = a + (s * pool_rows + offset + tl.minimum(r, rank - 1)).to(tl.int64) * K
+    acc = partial_sums(a_rows, x + token * XS, live, start, K, TOKENS,
+                       BR, BK, PARTS, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
     mine = (r < rank)[:, None] & ((m >= first) & (m < first + rows))[None, :]
     value = tl.where(mine, acc * scale, 0.0)
     z_at = z + ((e * SLICES + s) * R + r)[:, None] * TOKENS + m[None, :]
@@ -106,13 +105,12 @@ def _lines(route, q, live_tiles, branches, R: tl.constexpr):
 
 @triton.jit
 def _expand(
-    acc, b, z, route, live_tiles, m, n, s, part, columns, TOKENS: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr,
-    SLICES: tl.constexpr, PASSES: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr, IEEE: tl.constexpr,
+    acc, b, z, route, offset, rank, live_tiles, m, n, s, part, columns, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
+    R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """acc [BN, TOKENS] plus the branches of columns n, a sum over the ranks of all adapters; every SPLIT-th block of BQ."""
     branches = live_tiles + PASSES - 1
     j = tl.arange(0, BQ)
-    offset, rank = _lines(route, part * BQ + j, live_tiles, branches, R)
     for i in tl.range(number(part), number((branches * R + BQ - 1) // BQ), SPLIT, num_stages=AHEAD):
         e = (i * BQ + j) // R
         r = (i * BQ + j) % R
@@ -125,16 +123,15 @@ def _expand(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "shrinkers"])
 def few_rows_branched(
-    x, w, bias, y, a, b, z, sums, planes, counters, met, came, went, state, route, count, perm, rows, columns, pool_rows,
-    XS: tl.constexpr, K: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr,
-    R: tl.constexpr, BR: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr, PARTS: tl.constexpr,
-    SHRINKERS: tl.constexpr, LINEARS: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
-    IEEE: tl.constexpr,
+    x, w, bias, y, a, b, z, sums, planes, counters, met, came, went, state, route, count, perm, rows, shrinkers, columns,
+    pool_rows, XS: tl.constexpr, K: tl.constexpr, W0: tl.constexpr, W1: tl.constexpr, TOKENS: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr,
+    BIAS: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr, PARTS: tl.constexpr,
+    LINEARS: tl.constexpr, BQ: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, columns] = x w^T + bias + branches; grid (SHRINKERS + LINEARS); the latter as `skinny.few_rows`.
+    """y [rows, columns] = x w^T + bias + branches; grid (shrinkers + LINEARS); the latter as `skinny.few_rows`.
 
     route: of row tiles of TOKENS rows, one an adapter; count: of them. z [adapters, SLICES, R, TOKENS] in B's type: scale
     x A^T of an adapter's rows, zero for others; sums float32 [units, PARTS, BR, TOKENS] and met int32 [units], zero before
@@ -149,75 +146,91 @@ def few_rows_branched(
     used = tl.minimum(tl.load(state), rows)
     live_tiles = tl.load(count)
     token = tl.where(m < used, tl.load(perm + m, mask=m < used, other=0), m)
-    if pid < SHRINKERS:
-        branches = tl.where(live_tiles > 0, live_tiles + PASSES - 1, 0)
+    branches = tl.where(live_tiles > 0, live_tiles + PASSES - 1, 0)
+    if pid < shrinkers:
         if pid < branches * (PARTS * (R // BR) * SLICES):
             _shrink(x, a, z, sums, met, route, live_tiles, token, m, live, pid, pool_rows,
-                    XS, K, TOKENS, BK, STAGES, HELD, R, BR, SLICES, PASSES, PARTS, PDL, IEEE)  # fmt: skip
+                    XS, K, TOKENS, BK, STAGES, HELD, FETCHED, R, BR, SLICES, PASSES, PARTS, PDL, IEEE)  # fmt: skip
         elif PDL:
             wait()
         tl.atomic_add(came, 1, sem="release")
     else:
-        part = (pid - SHRINKERS) % SPLIT
-        tile = (pid - SHRINKERS) // SPLIT
+        part = (pid - shrinkers) % SPLIT
+        tile = (pid - shrinkers) // SPLIT
         n = tile * BN + tl.arange(0, BN)
-        k = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK) + tl.arange(0, BK)
-        w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
-        x_at = x + token[:, None] * XS + k[None, :]
-        acc = partial_sums(w_at, x_at, live, k, K, TOKENS, BN, BK, SPLIT, STAGES, HELD, PDL, IEEE)
+        start = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK)
+        offset, rank = _lines(route, part * BQ + tl.arange(0, BQ), live_tiles, branches, R)
+        if FETCHED and PDL:
+            r = (part * BQ + tl.arange(0, BQ)) % R
+            fetch(b + (offset + tl.minimum(r, tl.maximum(rank, 1) - 1)).to(tl.int64) * columns + tile * BN)
+        acc = partial_sums(w + n.to(tl.int64) * K, x + token * XS, live, start, K, TOKENS,
+                           BN, BK, SPLIT, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
         if live_tiles > 0:
             before = tl.load(went, volatile=True)
-            _await(came, (before // LINEARS + 1) * SHRINKERS)
+            _await(came, (before // LINEARS + 1) * shrinkers)
             s = (tile * BN >= W0).to(tl.int32) + (tile * BN >= W0 + W1).to(tl.int32)
-            acc = _expand(acc, b, z, route, live_tiles, m, n, s, part, columns,
+            acc = _expand(acc, b, z, route, offset, rank, live_tiles, m, n, s, part, columns,
                           TOKENS, SPLIT, R, SLICES, PASSES, BQ, AHEAD, IEEE)  # fmt: skip
         tl.atomic_add(went, 1, sem="relaxed")
         finish(acc, y, m, token, live, bias, planes, counters, part, tile, columns, TOKENS, BN, SPLIT, BIAS, False)
 
 
-def takes(rows: int, widths: tuple[int, ...]) -> bool:
-    """Whether the kernel does so many rows of a projection."""
-    return 0 < rows <= BUCKETS[-1] and all(width % BN == 0 for width in widths)
+def tile_for(x: torch.Tensor, weight: torch.Tensor, pool: LoraPool, batch: LoraBatch, name: str) -> Tile | None:
+    """None: a linear and then its branches, for what the kernel does not take or where it was not measured to be faster."""
+    if not (batch.adapters and skinny.fits(x, weight)):
+        return None
+    return measured_tile(len(x), pool, batch, name)
 
 
-def launch_of(pool: LoraPool, batch: LoraBatch, name: str, stride: int, tokens: int, tile: Tile, *, bias: bool = False,
-              parts: int = PARTS) -> Launch:  # fmt: skip
+def measured_tile(rows: int, pool: LoraPool, batch: LoraBatch, name: str) -> Tile | None:
+    """The tile for so many rows of a projection, if one launch beat two on this device."""
+    projection = pool.projections[name]
+    if not batch.adapters or any(width % BN for width in projection.widths):
+        return None
+    return skinny.measured_tile(rows, projection.d_out, projection.d_in, pool.dtype, branched=True)
+
+
+def launch_of(pool: LoraPool, batch: LoraBatch, name: str, stride: int, tokens: int, tile: Tile, *, bias: bool = False
+              ) -> Launch:  # fmt: skip
     """The kernel for a projection, rows of x `stride` apart, padded to `tokens`, and all adapters that `batch` may have."""
     projection, passes = pool.projections[name], 1 + (batch.merged >= 0)
     rank, depth = max(16, triton.next_power_of_2(batch.rank)), projection.d_in
-    chunk, parts = min(CHUNK, rank), min(parts, -(-depth // BK))
+    chunk, parts = min(CHUNK, rank), min(tile.parts, -(-depth // BK))
     shrinkers = (batch.adapters + passes - 1) * projection.slices * (rank // chunk) * parts
     linears = projection.d_out // BN * tile.split
     held = min(tile.held, -(-depth // (max(tile.split, parts) * BK)))
     constants = {
         "XS": stride, "K": depth, "W0": projection.widths[0], "W1": sum(projection.widths[1:2]), "TOKENS": tokens, "BN": BN,
-        "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages, "HELD": held, "BIAS": bias, "R": rank, "BR": chunk,
-        "SLICES": projection.slices, "PASSES": passes, "PARTS": parts, "SHRINKERS": shrinkers, "LINEARS": linears,
-        "BQ": BQ, "AHEAD": AHEAD,
-        "PDL": has_dependent_launch(), "IEEE": pool.dtype is torch.float32,
+        "BK": BK, "SPLIT": tile.split, "STAGES": tile.stages, "HELD": held, "FETCHED": tile.fetched, "BIAS": bias,
+        "R": rank, "BR": chunk, "SLICES": projection.slices, "PASSES": passes, "PARTS": parts, "LINEARS": linears,
+        "BQ": BQ, "AHEAD": AHEAD, "PDL": has_dependent_launch(), "IEEE": pool.dtype is torch.float32,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w", "bias", "y", "a", "b", "z"), pool.dtype)
     types |= dict.fromkeys(("sums", "planes"), torch.float32) | dict.fromkeys(("counters", "met"), torch.int32)
     types |= dict.fromkeys(("came", "went"), torch.int64) | dict.fromkeys(("state", "route", "count", "perm"), torch.int32)
-    types |= {"rows": 1, "columns": 16 if projection.d_out % 16 == 0 else 8, "pool_rows": 16}
+    types |= {"rows": 1, "shrinkers": 1, "columns": 16 if projection.d_out % 16 == 0 else 8, "pool_rows": 16}
     return Launch(few_rows_branched, (shrinkers + linears, 1), constants, types)
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key, tile: Tile,
-    *, parts: int = PARTS,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key, tile: Tile
 ) -> torch.Tensor:
-    """x [rows, d_in] weight [d_out, d_in]^T + bias with the branches of `batch` added, for a projection that it `takes`.
+    """x [rows, d_in] weight [d_out, d_in]^T + bias with the branches of `batch` added: `tile_for` has taken them.
 
-    Safe in a capture once the same shape has run outside of one (else RuntimeError), and not on two streams at once. The
-    caller has checked shapes and types.
+    Safe in a capture once the same shape has run outside of one (else RuntimeError), and not on two streams at once.
+    LoraError for a layer, pool or shape that does not fit.
     """
     layer, name = key
     tokens = bucket_of(len(x))
-    shape = ("joined", name, tokens, batch.adapters, batch.rank, batch.merged >= 0, x.stride(0), bias is None, tile, parts)
+    shape = ("joined", name, tokens, batch.adapters, batch.rank, batch.merged >= 0, x.stride(0), bias is None, tile)
     plan = batch.plans.get(shape)
-    if plan is None:
-        launch = launch_of(pool, batch, name, x.stride(0), tokens, tile, bias=bias is not None, parts=parts)
+    if plan is None or not 0 <= layer < pool.layers:
+        pool.factors(key)  # raises where there is no such layer or projection
+        projection = pool.projections[name]
+        if batch.pool is not pool or len(x) < batch.tokens or weight.shape != (projection.d_out, projection.d_in):
+            shapes = f"x {tuple(x.shape)} and W {tuple(weight.shape)}"
+            raise LoraError(f"{shapes} do not fit {projection} and {batch.tokens} rows, or the batch is of another pool")
+        launch = launch_of(pool, batch, name, x.stride(0), tokens, tile, bias=bias is not None)
         plan = batch.plans[shape] = _plan(x, pool, batch, name, launch)
     y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     plan(x, weight, x if bias is None else bias, y, layer)
@@ -230,7 +243,8 @@ def _plan(x: torch.Tensor, pool: LoraPool, batch: LoraBatch, name: str, launch: 
         raise RuntimeError(f"{name!r} and a step of this shape have not met yet; run it once, then capture")
     known, start = launch.constants, launch.bind(x.device)
     tokens, split, columns = known["TOKENS"], known["SPLIT"], pool.projections[name].d_out
-    units = known["SHRINKERS"] // known["PARTS"]
+    shrinkers = launch.grid[0] - known["LINEARS"]
+    units = shrinkers // known["PARTS"]
     counters = batch.keep(torch.zeros(columns // BN + units, dtype=torch.int32, device=x.device))
     totals = batch.keep(torch.zeros(2, dtype=torch.int64, device=x.device))
     size = units * known["BR"] * tokens
@@ -244,6 +258,6 @@ def _plan(x: torch.Tensor, pool: LoraPool, batch: LoraBatch, name: str, launch: 
     def start_it(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, y: torch.Tensor, layer: int) -> None:
         planes = torch.empty((columns // BN) * split if split > 1 else 0, tokens, BN, dtype=torch.float32, device=x.device)
         given = [argument(tensor) for tensor in (x, weight, bias, y)]
-        start(*given, a[layer], b[layer], z, sums, argument(planes), *places, *routes, len(x), columns, pool.rows)
+        start(*given, a[layer], b[layer], z, sums, argument(planes), *places, *routes, len(x), shrinkers, columns, pool.rows)
 
     return start_it

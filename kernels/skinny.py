@@ -26,7 +26,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from kernels.batch import LoraError
-from kernels.dependent import trigger, wait
+from kernels.dependent import fetch, trigger, wait
 from kernels.launch import Launch, argument
 from kernels.pointwise import silu_mul
 from kernels.tiles import FOLDER as TILES_FOLDER
@@ -38,17 +38,22 @@ BN = 64
 """Rows of W a program."""
 BK = 128
 """Columns of W in one step of a program's loop."""
+LINE = tl.constexpr(64)
+"""16-bit numbers of a cache line."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """split: parts of the sum over K. stages: of the pipelined loop. held: blocks of W fetched before the wait, up to 3.
-    shared: 0, or programs a multiprocessor, which share all blocks evenly; `split` and `held` then mean nothing."""
+    """split: parts of the sum over K. stages: of the pipelined loop. held, fetched: blocks of W asked for before the wait,
+    up to 3 into registers and shared memory, or any number into L2. shared: 0, or programs a multiprocessor, which share all
+    blocks evenly; `split`, `held` and `fetched` then mean nothing. parts: of a branch's sum over K (`kernels.joined`)."""
 
     split: int = 1
     stages: int = 4
     held: int = 0
     shared: int = 0
+    parts: int = 0
+    fetched: int = 0
 
 
 Tiles = dict[tuple[int, int], dict[int, Tile | None]]
@@ -56,16 +61,16 @@ Tiles = dict[tuple[int, int], dict[int, Tile | None]]
 
 
 @cache
-def tiles(device: str) -> Tiles:
+def tiles(device: str, *, branched: bool = False) -> Tiles:
     """The measured tiles of a device; none where `python -m kernels.skinny_bench --table` has not run.
 
-    LoraError that names the file and the entry for one that is not a table.
+    branched: those of launches with LoRA branches. LoraError that names the file and the entry for one that is not a table.
     """
     path = FOLDER / f"{device}.json"
-    return load(path) if path.exists() else {}
+    return load(path, branched=branched) if path.exists() else {}
 
 
-def load(path: Path) -> Tiles:
+def load(path: Path, *, branched: bool = False) -> Tiles:
     """The tiles of a table file; LoraError as `tiles`."""
     found, place = {}, "the file"
     try:
@@ -73,7 +78,8 @@ def load(path: Path) -> Tiles:
             place = f"entry {number}"
             if entry["bucket"] not in BUCKETS:
                 raise ValueError(f"bucket {entry['bucket']!r} is not among {BUCKETS}")
-            tile = entry["tile"] and Tile(**entry["tile"])
+            tile = entry.get("branched") if branched else entry["tile"]
+            tile = tile and Tile(**tile)
             found.setdefault((entry["columns"], entry["depth"]), {})[entry["bucket"]] = tile
     except (KeyError, TypeError, ValueError) as error:
         raise LoraError(f"{path}: {place}: {error!r}; delete it and run `python -m kernels.skinny_bench --table`") from error
@@ -101,15 +107,19 @@ def dot(w, x, acc, IEEE: tl.constexpr):
 
 @triton.jit
 def partial_sums(
-    w_at, x_at, live, k, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    w_rows, x_rows, live, start, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, PDL: tl.constexpr,
+    IEEE: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BN, TOKENS]: a program's rows of W with x over one of SPLIT parts of K, which begins at w_at, x_at, k.
+    """float32 [BN, TOKENS]: a program's rows of W with x over one of SPLIT parts of K, at column `start`.
 
-    Waits for the kernel before once HELD blocks of W are under way.
+    w_rows [BN], x_rows [TOKENS]: where the rows begin. Waits for the kernel before with HELD or FETCHED blocks under way.
     """
     NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
     EVEN: tl.constexpr = K % (SPLIT * BK) == 0
+    k = start + tl.arange(0, BK)
+    w_at = w_rows[:, None] + k[None, :]
+    x_at = x_rows[:, None] + k[None, :]
     if HELD > 0:
         w0 = _weights(w_at, k, 0, K, BK, EVEN)
     if HELD > 1:
@@ -117,6 +127,8 @@ def partial_sums(
     if HELD > 2:
         w2 = _weights(w_at, k, 2, K, BK, EVEN)
     if PDL:
+        for i in tl.static_range(min(FETCHED, NK)):
+            fetch(w_rows[:, None] + (start + i * BK + tl.arange(0, BK // LINE) * LINE)[None, :])
         wait()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for i in tl.range(HELD, NK, num_stages=STAGES):
@@ -199,7 +211,8 @@ def finish(
 def few_rows(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
 
@@ -211,10 +224,11 @@ def few_rows(
     tile = tl.program_id(1)
     n = _lines(tile, columns, BN, GATED)
     m = tl.arange(0, TOKENS)
-    k = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK) + tl.arange(0, BK)
     live = (m < rows)[:, None]
-    w_at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * K + k[None, :]
-    acc = partial_sums(w_at, x + m[:, None] * XS + k[None, :], live, k, K, TOKENS, BN, BK, SPLIT, STAGES, HELD, PDL, IEEE)
+    start = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK)
+    w_rows = w + tl.minimum(n, columns - 1).to(tl.int64) * K
+    acc = partial_sums(w_rows, x + m * XS, live, start, K, TOKENS,
+                       BN, BK, SPLIT, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
     finish(acc, y, m, m, live, bias, planes, counters, part, tile, columns, TOKENS, BN, SPLIT, BIAS, GATED)
 
 
@@ -322,17 +336,21 @@ def bucket_of(rows: int) -> int:
 
 def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
     """None: torch's, for what the kernel does not take or was not measured with."""
+    return measured_tile(len(x), *weight.shape, x.dtype) if fits(x, weight) else None
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels can read them: on a GPU, of one type, rows that start on 16 bytes."""
     if not x.is_cuda or x.ndim != 2 or x.dtype != weight.dtype:
-        return None
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
-    return measured_tile(len(x), *weight.shape, x.dtype) if aligned else None
+        return False
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
 
 
-def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile | None:
-    """The tile for so many rows and W [columns, depth], if any beat torch on this device."""
+def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, branched: bool = False) -> Tile | None:
+    """The tile for so many rows and W [columns, depth], if any beat torch (branched: two launches) on this device."""
     if INTERPRETED or dtype is not torch.bfloat16 or not 0 < rows <= BUCKETS[-1]:
         return None
-    return tiles(device_name()).get((columns, depth), {}).get(bucket_of(rows))
+    return tiles(device_name(), branched=branched).get((columns, depth), {}).get(bucket_of(rows))
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
@@ -363,7 +381,7 @@ def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dt
         programs = min(tile.shared * processors(), tiles * blocks)
         constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs}
         return Launch(few_rows_shared, (programs, 1), constants, types)
-    constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK)))}
+    constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK))), "FETCHED": tile.fetched}
     return Launch(few_rows, (tile.split, tiles), constants, types)
 
 
