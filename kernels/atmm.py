@@ -17,9 +17,9 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from kernels import branch, skinny, stream
+from kernels import branch, joined, skinny, stream
 from kernels.batch import LONG, Key, LoraBatch, LoraError, LoraPool, Projection
-from kernels.launch import Launch, argument
+from kernels.launch import Launch, argument, layers
 from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
@@ -45,37 +45,29 @@ def atmm(
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key
 ) -> torch.Tensor:
-    """x W^T + bias with the branches added, [tokens, d_out]: `skinny.linear`, then `atmm`.
-
-    With few rows the shrink goes ahead, and the linear, which needs nothing of it, runs beside it: a branch then costs the
-    step what its factors take to arrive, and one launch to wait for, not two.
+    """x W^T + bias with the branches added, [tokens, d_out]: `skinny.linear`, then `atmm`; of few rows one launch, where
+    that was measured to be faster (`kernels.joined`).
     """
-    tile = skinny.tile_for(x, weight) if has_dependent_launch() else None
+    tile = joined.tile_for(x, weight, pool, batch, key[1])
     if tile:
-        y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-        runs = _runs(y, x, pool, batch, key, ahead=True)
-        if len(runs) == 2:
-            runs[0](y, x, key[0])
-            skinny.run(x, weight, bias, tile, beside=True, y=y)
-            runs[1](y, x, key[0])
-            return y
+        return joined.linear(x, weight, bias, pool, batch, key, tile)
     y = skinny.linear(x, weight, bias)
     atmm(y, x, pool, batch, key)
     return y
 
 
-def _runs(y, x, pool: LoraPool, batch: LoraBatch, key: Key, *, tiling: Tiling | None = None, ahead: bool = False) -> list:
+def _runs(y, x, pool: LoraPool, batch: LoraBatch, key: Key, *, tiling: Tiling | None = None) -> list:
     """The launches of a call, each a function of (y, x, layer)."""
     layer, name = key
     shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.uneven, batch.rank, batch.merged >= 0)
-    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling, ahead)
+    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
     runs = batch.plans.get(shape_key)
     if runs is None or not 0 <= layer < pool.layers:
         pool.factors(key)  # raises where there is no such layer or projection
         _check(y, x, pool=pool, batch=batch, projection=pool.projections[name])
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
-        runs = batch.plans[shape_key] = _plan(y, x, pool=pool, batch=batch, name=name, tiling=tiling, ahead=ahead)
+        runs = batch.plans[shape_key] = _plan(y, x, pool=pool, batch=batch, name=name, tiling=tiling)
     return runs
 
 
@@ -94,12 +86,12 @@ def _check(y: torch.Tensor, x: torch.Tensor, *, pool: LoraPool, batch: LoraBatch
         raise LoraError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32 without a GPU")
 
 
-def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None, ahead: bool) -> list[Callable]:
+def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None) -> list[Callable]:
     """`_runs`, resolved."""
     if batch.tokens == 0 or batch.adapters == 0:
         return []
     mixture = batch.merged >= 0
-    shape, make = _shape(pool, batch, name, (x.stride(0), y.stride(0)), ahead=ahead)
+    shape, make = _shape(pool, batch, name, (x.stride(0), y.stride(0)))
     if tiling:
         tiling = fitting(tiling, shape.d_in, mixture=mixture)
         launches = make(tiling)
@@ -107,7 +99,7 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     else:
         tiling, launches, runs = _choose(make, shape, batch)
     known = _places(tiling, shape, batch, mixture=mixture)
-    a, b = _layers(pool.a[name]), _layers(pool.b[name])
+    a, b = layers(pool.a[name]), layers(pool.b[name])
     calls = []
     for launch, run in zip(launches, runs, strict=True):
         rows = launch.constants["BM"]
@@ -127,23 +119,25 @@ def _call(run: Callable, given: list[str], rest: tuple, a: list, b: list) -> Cal
     return call
 
 
-def _shape(pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int], *, ahead: bool) -> tuple[Shape, Callable]:
+def _shape(pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int]) -> tuple[Shape, Callable]:
     """(what decides the tiling of a projection, its launches as a function of the tiling)."""
     projection = pool.projections[name]
     rank = max(16, triton.next_power_of_2(batch.rank))
     uneven = batch.uneven and batch.tokens >= LONG
     shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
     mixture = batch.merged >= 0
-    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters, "ahead": ahead}
+    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters}
     return shape, partial(resolve, shape, **known)
 
 
 def launches(pool: LoraPool, batch: LoraBatch, name: str) -> list[Launch]:
     """What `linear` over `batch` will launch for a projection whose x and y are contiguous, to be compiled ahead of it."""
     projection = pool.projections[name]
-    sizes = projection.d_in, projection.d_out
-    beside = skinny.measured_tile(batch.tokens, *reversed(sizes), pool.dtype) is not None and has_dependent_launch()
-    shape, make = _shape(pool, batch, name, sizes, ahead=beside)
+    tile = joined.measured_tile(batch.tokens, pool, batch, name)
+    if tile:
+        tokens = skinny.bucket_of(batch.tokens)
+        return [joined.launch_of(pool, batch, name, projection.d_in, tokens, tile, bias=bias) for bias in (False, True)]
+    shape, make = _shape(pool, batch, name, (projection.d_in, projection.d_out))
     return make(fitting(lookup(shape.rounded()), shape.d_in, mixture=batch.merged >= 0))
 
 
@@ -172,13 +166,6 @@ def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, lis
     raise LoraError(f"no tiling of {shape} fits this GPU; pass one to atmm(tiling=), or lower the rank")
 
 
-def _layers(tensor: torch.Tensor) -> list:
-    """One argument a layer of pooled factors, which the pool keeps alive and in place."""
-    if INTERPRETED:
-        return list(tensor)
-    return [tensor.data_ptr() + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]
-
-
 def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
     """The tiling with no more parts than d_in has blocks (it may have been tuned for a wider projection).
 
@@ -192,12 +179,10 @@ def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
 
 def resolve(
     shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int], groups: int | None = None,
-    ahead: bool = False,
 ) -> list[Launch]:
     """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form.
 
-    groups: of rows that the grid must have room for; default: the shape's adapters. ahead: of two launches another kernel
-    comes in between, which reads x.
+    groups: of rows that the grid must have room for; default: the shape's adapters.
     """
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, groups = len(shape.widths), groups or shape.adapters
@@ -227,6 +212,6 @@ def resolve(
     once = t.k_block * t.split >= shape.d_in
     runs = sum(-(-width // (t.n_block * t.span)) for width in widths)
     return [
-        launch(branch.shrink, (planes * (shape.rank // rank_block), tiles), t.warps, BR=rank_block, ONCE=once, AHEAD=ahead),
+        launch(branch.shrink, (planes * (shape.rank // rank_block), tiles), t.warps, BR=rank_block, ONCE=once),
         launch(branch.expand, (runs, expand_tiles), t.expand_warps, **expand),
     ]

@@ -229,12 +229,18 @@ class LoraBatch:
         self._fixed: tuple[int, int, int] | None = None
         self.plans: dict[tuple, object] = {}  # an operator's resolved launches by shape
         self._workspaces: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
 
     def workspace(self, numel: int) -> torch.Tensor:
         """float32 scratch of at least numel, for the operators of one stream, never freed: graphs hold its address."""
         if not self._workspaces or self._workspaces[-1].numel() < numel:
             self._workspaces.append(torch.empty(numel, dtype=torch.float32, device=self.pool.device))
         return self._workspaces[-1]
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, alive as long as this batch: graphs hold its address."""
+        self._kept.append(tensor)
+        return tensor
 
     @staticmethod
     def tile_bound(tile_rows: int, tokens: int, groups: int) -> int:

@@ -23,17 +23,17 @@ from kernels.dependent import trigger, wait
 if INTERPRETED:
 
     @triton.jit
-    def _pin(value):
+    def pin(value):
         return value
 
-    def _number(value):
+    def number(value):
         """A scalar as the interpreter's range() takes it."""
         return value.handle.data.item()
 
 else:
 
     @triton.jit
-    def _pin(value):
+    def pin(value):
         """The same float32 value, behind an opaque instruction.
 
         Without it the compiler moves the conversion to the dot's layout above a sum of loads, and then each load takes
@@ -42,7 +42,7 @@ else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=tl.float32, is_pure=False, pack=1)
 
     @triton.jit
-    def _number(value):
+    def number(value):
         return value
 
 
@@ -55,7 +55,7 @@ def _dot(a, b, acc, IEEE: tl.constexpr):
 
 
 @triton.jit
-def _entry(route, tile, M: tl.constexpr):
+def entry(route, tile, M: tl.constexpr):
     """(first, rows, A/B row offset, rank, scale) of a tile; M: of the merged adapter, whose scale is negative."""
     at = route + tile * 8
     return (
@@ -72,25 +72,24 @@ def shrink(
     x, a, v, route, perm, positions, pool_rows, split,
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
     BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+    PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
 
     Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
-    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part. AHEAD: x is
-    complete before the successor starts, which may read it without a wait.
+    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part.
     """
-    if PDL and not AHEAD:
+    if PDL:
         trigger()
     part = tl.program_id(0) % split
     plane = tl.program_id(0) // split // (R // BR)
     r = tl.program_id(0) // split % (R // BR) * BR + tl.arange(0, BR)
     M: tl.constexpr = PASSES - 1
-    first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    first, rows, offset, rank, scale = entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
         return
     if M:
-        _, _, m_offset, m_rank, m_scale = _entry(route, tl.program_id(1), 1)
+        _, _, m_offset, m_rank, m_scale = entry(route, tl.program_id(1), 1)
         is_m = plane >= SLICES
         offset = tl.where(is_m, m_offset, offset)
         rank = tl.where(is_m, m_rank, rank)
@@ -108,8 +107,6 @@ def shrink(
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
     if PDL:
         wait()
-        if AHEAD:
-            trigger()
     if rows == 0:
         return
     x_at = x + token[:, None] * XS + k[None, :]
@@ -119,7 +116,7 @@ def shrink(
         acc = _dot(x_tile, tl.trans(a_tile), acc, IEEE)
     else:
         steps = tl.minimum(NK - part * share, share)
-        for i in tl.range(0, _number(steps), num_stages=STAGES):
+        for i in tl.range(0, number(steps), num_stages=STAGES):
             inside = (k + i * BK < K)[None, :]
             a_tile = tl.load(a_at + i * BK, mask=a_live if EVEN else a_live & inside, other=0.0)
             x_tile = tl.load(x_at + i * BK, mask=live[:, None] if EVEN else live[:, None] & inside, other=0.0)
@@ -138,7 +135,7 @@ def _planes(
     total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
     for s in tl.static_range(1, SPLIT):
         total += tl.load(at + s * PLANES * positions * R, mask=mask, other=0.0, cache_modifier=".cg")
-    return _pin(total)
+    return pin(total)
 
 
 @triton.jit
@@ -164,7 +161,7 @@ def expand(
     if PDL:
         trigger()
     M: tl.constexpr = PASSES - 1
-    first, rows, offset, rank, _ = _entry(route, tl.program_id(1), 0)
+    first, rows, offset, rank, _ = entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
         return
     s, column, width, base = _slice(tl.program_id(0), W0, W1, W2, BN * SPAN)
@@ -178,7 +175,7 @@ def expand(
     b_live = (r < tl.where(rows > 0, rank, 0))[:, None]
     y_at = y + token[:, None] * YS + (base + n)[None, :]
     if M:
-        _, _, m_offset, m_rank, _ = _entry(route, tl.program_id(1), 1)
+        _, _, m_offset, m_rank, _ = entry(route, tl.program_id(1), 1)
         bm_at = b + (m_offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
         bm_live = (r < tl.where(rows > 0, m_rank, 0))[:, None]
     if SPAN == 1:
@@ -252,7 +249,7 @@ def fused(
     """
     if PDL:
         trigger()
-    first, rows, offset, rank, scale = _entry(route, tl.program_id(1), 0)
+    first, rows, offset, rank, scale = entry(route, tl.program_id(1), 0)
     if (rows == 0) & (tl.program_id(1) > 0):
         return
     m = tl.arange(0, BM)

@@ -72,3 +72,10 @@ class Launch:
 def argument(tensor: torch.Tensor):
     """A tensor as a bound launch takes it: its address, cheapest for the host; the interpreter takes the tensor."""
     return tensor if INTERPRETED else tensor.data_ptr()
+
+
+def layers(tensor: torch.Tensor) -> list:
+    """One argument a layer of a tensor [layers, ...] that stays in place, and that its owner keeps alive."""
+    if INTERPRETED:
+        return list(tensor)
+    return [tensor.data_ptr() + i * tensor.stride(0) * tensor.element_size() for i in range(len(tensor))]

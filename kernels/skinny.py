@@ -26,7 +26,7 @@ import triton.language as tl
 from torch.nn import functional
 
 from kernels.batch import LoraError
-from kernels.dependent import trigger, wait
+from kernels.dependent import fetch, trigger, wait
 from kernels.launch import Launch, argument
 from kernels.pointwise import silu_mul
 from kernels.tiles import FOLDER as TILES_FOLDER
@@ -38,17 +38,22 @@ BN = 64
 """Rows of W a program."""
 BK = 128
 """Columns of W in one step of a program's loop."""
+LINE = tl.constexpr(64)
+"""16-bit numbers of a cache line."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """split: parts of the sum over K. stages: of the pipelined loop. held: blocks of W fetched before the wait, up to 3.
-    shared: 0, or programs a multiprocessor, which share all blocks evenly; `split` and `held` then mean nothing."""
+    """split: parts of the sum over K. stages: of the pipelined loop. held, fetched: blocks of W asked for before the wait,
+    up to 3 into registers and shared memory, or any number into L2. shared: 0, or programs a multiprocessor, which share all
+    blocks evenly; `split`, `held` and `fetched` then mean nothing. parts: of a branch's sum over K (`kernels.joined`)."""
 
     split: int = 1
     stages: int = 4
     held: int = 0
     shared: int = 0
+    parts: int = 0
+    fetched: int = 0
 
 
 Tiles = dict[tuple[int, int], dict[int, Tile | None]]
@@ -56,16 +61,16 @@ Tiles = dict[tuple[int, int], dict[int, Tile | None]]
 
 
 @cache
-def tiles(device: str) -> Tiles:
+def tiles(device: str, *, branched: bool = False) -> Tiles:
     """The measured tiles of a device; none where `python -m kernels.skinny_bench --table` has not run.
 
-    LoraError that names the file and the entry for one that is not a table.
+    branched: those of launches with LoRA branches. LoraError that names the file and the entry for one that is not a table.
     """
     path = FOLDER / f"{device}.json"
-    return load(path) if path.exists() else {}
+    return load(path, branched=branched) if path.exists() else {}
 
 
-def load(path: Path) -> Tiles:
+def load(path: Path, *, branched: bool = False) -> Tiles:
     """The tiles of a table file; LoraError as `tiles`."""
     found, place = {}, "the file"
     try:
@@ -73,7 +78,8 @@ def load(path: Path) -> Tiles:
             place = f"entry {number}"
             if entry["bucket"] not in BUCKETS:
                 raise ValueError(f"bucket {entry['bucket']!r} is not among {BUCKETS}")
-            tile = entry["tile"] and Tile(**entry["tile"])
+            tile = entry.get("branched") if branched else entry["tile"]
+            tile = tile and Tile(**tile)
             found.setdefault((entry["columns"], entry["depth"]), {})[entry["bucket"]] = tile
     except (KeyError, TypeError, ValueError) as error:
         raise LoraError(f"{path}: {place}: {error!r}; delete it and run `python -m kernels.skinny_bench --table`") from error
@@ -95,8 +101,45 @@ def _rows(at, live, k, i, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr)
 
 
 @triton.jit
-def _dot(w, x, acc, IEEE: tl.constexpr):
+def dot(w, x, acc, IEEE: tl.constexpr):
     return tl.dot(w, x, acc, input_precision="ieee" if IEEE else None)
+
+
+@triton.jit
+def partial_sums(
+    w_rows, x_rows, live, start, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, PDL: tl.constexpr,
+    IEEE: tl.constexpr,
+):  # fmt: skip
+    """float32 [BN, TOKENS]: a program's rows of W with x over one of SPLIT parts of K, at column `start`.
+
+    w_rows [BN], x_rows [TOKENS]: where the rows begin. Waits for the kernel before with HELD or FETCHED blocks under way.
+    """
+    NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
+    EVEN: tl.constexpr = K % (SPLIT * BK) == 0
+    k = start + tl.arange(0, BK)
+    w_at = w_rows[:, None] + k[None, :]
+    x_at = x_rows[:, None] + k[None, :]
+    if HELD > 0:
+        w0 = _weights(w_at, k, 0, K, BK, EVEN)
+    if HELD > 1:
+        w1 = _weights(w_at, k, 1, K, BK, EVEN)
+    if HELD > 2:
+        w2 = _weights(w_at, k, 2, K, BK, EVEN)
+    if PDL:
+        for i in tl.static_range(min(FETCHED, NK)):
+            fetch(w_rows[:, None] + (start + i * BK + tl.arange(0, BK // LINE) * LINE)[None, :])
+        wait()
+    acc = tl.zeros([BN, TOKENS], tl.float32)
+    for i in tl.range(HELD, NK, num_stages=STAGES):
+        acc = dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
+    if HELD > 0:  # after the loop, whose loads are then under way
+        acc = dot(w0, _rows(x_at, live, k, 0, K, BK, EVEN), acc, IEEE)
+    if HELD > 1:
+        acc = dot(w1, _rows(x_at, live, k, 1, K, BK, EVEN), acc, IEEE)
+    if HELD > 2:
+        acc = dot(w2, _rows(x_at, live, k, 2, K, BK, EVEN), acc, IEEE)
+    return acc
 
 
 @triton.jit
@@ -109,8 +152,8 @@ def _lines(tile, columns, BN: tl.constexpr, GATED: tl.constexpr):
 
 
 @triton.jit
-def _finish(y, value, m, live, bias, tile, columns, BN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr):
-    """A tile's sums float32 [TOKENS, BN] to y: as they are, or as silu(gate) * up, rounded where the steps apart round."""
+def _finish(y, value, token, live, bias, tile, columns, BN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr):
+    """A tile's sums float32 [TOKENS, BN] to rows `token` of y: as they are, or as silu(gate) * up, rounded as apart."""
     n = _lines(tile, columns, BN, GATED)
     if BIAS:
         value += tl.load(bias + tl.minimum(n, columns - 1)).to(tl.float32)[None, :]
@@ -122,81 +165,71 @@ def _finish(y, value, m, live, bias, tile, columns, BN: tl.constexpr, BIAS: tl.c
         value = (act * up.to(tl.float32)).to(value.dtype)
         n = tile * (BN // 2) + tl.arange(0, BN // 2)
         columns = columns // 2
-    tl.store(y + m.to(tl.int64)[:, None] * columns + n[None, :], value, mask=live & (n < columns)[None, :])
+    tl.store(y + token.to(tl.int64)[:, None] * columns + n[None, :], value, mask=live & (n < columns)[None, :])
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def all_stored():
+        """Nothing: the interpreter has one thread."""
+
+else:
+
+    @triton.jit
+    def all_stored():
+        """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def finish(
+    acc, y, m, token, live, bias, planes, counters, part, tile, columns,
+    TOKENS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """A program's sums [BN, TOKENS] of a tile to y, rows `token`; of SPLIT parts the last of a tile to come adds all.
+
+    planes float32 [columns / BN, SPLIT, TOKENS, BN]; counters int32 [columns / BN], zero before and after. The parts are
+    added in their order, so that the result does not depend on who was last.
+    """
+    value = tl.trans(acc)
+    if SPLIT == 1:
+        _finish(y, value, token, live, bias, tile, columns, BN, BIAS, GATED)
+    else:
+        at = planes + tile.to(tl.int64) * (SPLIT * TOKENS * BN) + m[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.store(at + part * (TOKENS * BN), value, mask=live)
+        all_stored()  # every thread's stores come before the one thread's release
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
+            tl.store(counters + tile, 0)
+            total = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
+            for s in tl.static_range(1, SPLIT):
+                total += tl.load(at + s * (TOKENS * BN), mask=live, other=0.0, cache_modifier=".cg")
+            _finish(y, total, token, live, bias, tile, columns, BN, BIAS, GATED)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def few_rows(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-    STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, BESIDE: tl.constexpr,
+    STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
 
-    GATED: y [rows, columns / 2], `_finish`. BESIDE: the kernel before lets this one start only when x is complete. With
-    SPLIT > 1 each program writes its part of the sum to planes float32 [columns / BN, SPLIT, TOKENS, BN], and the last of a
-    tile to come (counters int32 [columns / BN], zero before and after) adds the planes in their order, so that the result
-    does not depend on who was last.
+    GATED: y [rows, columns / 2], `_finish`. planes, counters: of `finish`.
     """
     if PDL:
         trigger()
     part = tl.program_id(0)
     tile = tl.program_id(1)
-    NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
-    EVEN: tl.constexpr = K % (SPLIT * BK) == 0
     n = _lines(tile, columns, BN, GATED)
     m = tl.arange(0, TOKENS)
-    k = part * (NK * BK) + tl.arange(0, BK)
     live = (m < rows)[:, None]
-    w_at = w + tl.minimum(n, columns - 1).to(tl.int64)[:, None] * K + k[None, :]
-    x_at = x + m[:, None] * XS + k[None, :]
-    if HELD > 0:
-        w0 = _weights(w_at, k, 0, K, BK, EVEN)
-    if HELD > 1:
-        w1 = _weights(w_at, k, 1, K, BK, EVEN)
-    if HELD > 2:
-        w2 = _weights(w_at, k, 2, K, BK, EVEN)
-    if PDL and not BESIDE:
-        wait()
-    acc = tl.zeros([BN, TOKENS], tl.float32)
-    for i in tl.range(HELD, NK, num_stages=STAGES):
-        acc = _dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
-    if HELD > 0:  # after the loop, whose loads are then under way
-        acc = _dot(w0, _rows(x_at, live, k, 0, K, BK, EVEN), acc, IEEE)
-    if HELD > 1:
-        acc = _dot(w1, _rows(x_at, live, k, 1, K, BK, EVEN), acc, IEEE)
-    if HELD > 2:
-        acc = _dot(w2, _rows(x_at, live, k, 2, K, BK, EVEN), acc, IEEE)
-    if PDL and BESIDE:
-        wait()
-    value = tl.trans(acc)
-    if SPLIT == 1:
-        _finish(y, value, m, live, bias, tile, columns, BN, BIAS, GATED)
-    else:
-        at = planes + tile.to(tl.int64) * (SPLIT * TOKENS * BN) + m[:, None] * BN + tl.arange(0, BN)[None, :]
-        tl.store(at + part * (TOKENS * BN), value, mask=live)
-        tl.debug_barrier()  # every thread's stores come before the one thread's release
-        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLIT - 1:
-            tl.store(counters + tile, 0)
-            total = tl.load(at, mask=live, other=0.0, cache_modifier=".cg")
-            for s in tl.static_range(1, SPLIT):
-                total += tl.load(at + s * (TOKENS * BN), mask=live, other=0.0, cache_modifier=".cg")
-            _finish(y, total, m, live, bias, tile, columns, BN, BIAS, GATED)
-
-
-if INTERPRETED:
-
-    @triton.jit
-    def _all_stored():
-        """Nothing: the interpreter has one thread."""
-
-else:
-
-    @triton.jit
-    def _all_stored():
-        """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
-        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    start = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK)
+    w_rows = w + tl.minimum(n, columns - 1).to(tl.int64) * K
+    acc = partial_sums(w_rows, x + m * XS, live, start, K, TOKENS,
+                       BN, BK, SPLIT, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
+    finish(acc, y, m, m, live, bias, planes, counters, part, tile, columns, TOKENS, BN, SPLIT, BIAS, GATED)
 
 
 @triton.jit
@@ -213,7 +246,7 @@ def _meet(
     if came != last - first:
         mine = (program * 2 + (program == first)).to(tl.int64) * (TOKENS * BN)
         tl.store(planes + mine + at, value, mask=live)
-        _all_stored()  # every thread's stores come before the one thread's release
+        all_stored()  # every thread's stores come before the one thread's release
         came = tl.atomic_add(counters + tile, 1, sem="acq_rel")
     if came == last - first:
         tl.store(counters + tile, 0)
@@ -231,7 +264,7 @@ def _meet(
 def few_rows_shared(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, BESIDE: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """`few_rows` with the BLOCKS blocks of all tiles laid end to end and shared evenly among PROGRAMS programs.
@@ -252,7 +285,7 @@ def few_rows_shared(
     k = tl.arange(0, BK)
     live = (m < rows)[:, None]
     x_at = x + m[:, None] * XS + k[None, :]
-    if PDL and not BESIDE:
+    if PDL:
         wait()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for step in tl.range(LONGEST, num_stages=STAGES):
@@ -261,7 +294,7 @@ def few_rows_shared(
         i = u - tile * NK
         n = tl.minimum(_lines(tile, columns, BN, GATED), columns - 1)
         w_at = w + n.to(tl.int64)[:, None] * K + k[None, :]
-        acc = _dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
+        acc = dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
         if (start + step == u) & ((i == NK - 1) | (u == end - 1)):
             first = ((tile * NK + 1) * PROGRAMS - 1) // BLOCKS
             last = ((tile * NK + NK) * PROGRAMS - 1) // BLOCKS
@@ -272,8 +305,6 @@ def few_rows_shared(
                 _meet(value, m, live, planes, counters, y, bias, tile, first, last, program, columns, TOKENS, BN, MOST,
                       BIAS, GATED)
             acc = tl.zeros([BN, TOKENS], tl.float32)
-    if PDL and BESIDE:
-        wait()
 
 
 _PLANS: dict[tuple, Callable] = {}
@@ -305,44 +336,43 @@ def bucket_of(rows: int) -> int:
 
 def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
     """None: torch's, for what the kernel does not take or was not measured with."""
+    return measured_tile(len(x), *weight.shape, x.dtype) if fits(x, weight) else None
+
+
+def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether the kernels can read them: on a GPU, of one type, rows that start on 16 bytes."""
     if not x.is_cuda or x.ndim != 2 or x.dtype != weight.dtype:
-        return None
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
-    return measured_tile(len(x), *weight.shape, x.dtype) if aligned else None
+        return False
+    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
 
 
-def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype) -> Tile | None:
-    """The tile for so many rows and W [columns, depth], if any beat torch on this device."""
+def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, branched: bool = False) -> Tile | None:
+    """The tile for so many rows and W [columns, depth], if any beat torch (branched: two launches) on this device."""
     if INTERPRETED or dtype is not torch.bfloat16 or not 0 < rows <= BUCKETS[-1]:
         return None
-    return tiles(device_name()).get((columns, depth), {}).get(bucket_of(rows))
+    return tiles(device_name(), branched=branched).get((columns, depth), {}).get(bucket_of(rows))
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False,
-        beside: bool = False, y: torch.Tensor | None = None) -> torch.Tensor:
-    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes.
-
-    beside: the launch just before lets its successor start only when x is complete, and is to run beside it. y: written to.
-    """
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
+    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
     rows, (columns, depth) = len(x), weight.shape
     tokens = bucket_of(rows)
-    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, beside, x.device)
+    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, x.device)
     plan = _PLANS.get(key)
     if plan is None:
-        form = {"bias": bias is not None, "gate": gate, "beside": beside}
-        plan = _PLANS[key] = _plan(x, columns, launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, **form))
-    if y is None:
-        y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
+        launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias=bias is not None, gate=gate)
+        plan = _PLANS[key] = _plan(x, columns, launch)
+    y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
     plan(x, weight, x if bias is None else bias, y)
     return y
 
 
 def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, *, bias: bool = False,
-              gate: bool = False, beside: bool = False) -> Launch:  # fmt: skip
+              gate: bool = False) -> Launch:  # fmt: skip
     """The kernel for W [columns, depth] and rows of x `stride` apart, padded to `tokens`."""
     constants = {
         "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "STAGES": tile.stages, "BIAS": bias, "GATED": gate,
-        "BESIDE": beside, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
+        "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w", "bias", "y"), dtype)
     types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}
@@ -351,7 +381,7 @@ def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dt
         programs = min(tile.shared * processors(), tiles * blocks)
         constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs}
         return Launch(few_rows_shared, (programs, 1), constants, types)
-    constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK)))}
+    constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK))), "FETCHED": tile.fetched}
     return Launch(few_rows, (tile.split, tiles), constants, types)
 
 

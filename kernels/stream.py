@@ -13,7 +13,7 @@ from kernels.target import INTERPRETED  # isort: skip  # noqa: F401  (before tri
 import triton
 import triton.language as tl
 
-from kernels.branch import _dot, _entry, _number, _pin
+from kernels.branch import _dot, entry, number, pin
 from kernels.dependent import trigger, wait
 
 
@@ -51,14 +51,14 @@ def shrink_stream(
         s = task % SLICES
         steps = tl.minimum((task + 1) * NK, end) - at
         k = (at - task * NK) * BK + tl.arange(0, BK)
-        first, rows, offset, rank, scale = _entry(route, task // SLICES, 0)
+        first, rows, offset, rank, scale = entry(route, task // SLICES, 0)
         live = m < rows
         token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
         x_at = x + token[:, None] * XS + k[None, :]
         a_at = a + (s * pool_rows + offset + r).to(tl.int64)[:, None] * K + k[None, :]
         a_live = (r < rank)[:, None]
         acc = tl.zeros([BM, R], tl.float32)
-        for i in tl.range(0, _number(steps), num_stages=STAGES):
+        for i in tl.range(0, number(steps), num_stages=STAGES):
             inside = (k + i * BK < K)[None, :]
             a_tile = tl.load(a_at + i * BK, mask=a_live if EVEN else a_live & inside, other=0.0)
             x_tile = tl.load(x_at + i * BK, mask=live[:, None] if EVEN else live[:, None] & inside, other=0.0)
@@ -105,7 +105,7 @@ def expand_stream(
         width = tl.where(s == 0, W0, tl.where(s == 1, W1, W2))
         base = tl.where(s == 0, 0, tl.where(s == 1, W0, W0 + W1))
         steps = tl.minimum(stop - block, end - at)
-        first, rows, offset, rank, _ = _entry(route, tile, 0)
+        first, rows, offset, rank, _ = entry(route, tile, 0)
         live = m < rows
         token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
         task = tile * SLICES + s
@@ -115,12 +115,12 @@ def expand_stream(
         total = tl.load(v_at, mask=v_live, other=0.0, cache_modifier=".cg")
         for p in tl.static_range(1, SPLIT + 1):
             total += tl.load(v_at + p * SLICES * positions * R, mask=v_live & (p < parts), other=0.0, cache_modifier=".cg")
-        v_tile = _pin(total).to(dtype)
+        v_tile = pin(total).to(dtype)
         n = (block - start) * BN + tl.arange(0, BN)
         b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
         y_at = y + token[:, None] * YS + (base + n)[None, :]
         b_live = (r < rank)[:, None]
-        for i in tl.range(0, _number(steps), num_stages=STAGES):
+        for i in tl.range(0, number(steps), num_stages=STAGES):
             inside = (n + i * BN < width)[None, :]
             b_tile = tl.load(b_at + i * BN, mask=b_live if EVEN else b_live & inside, other=0.0)
             y_live = live[:, None] if EVEN else live[:, None] & inside

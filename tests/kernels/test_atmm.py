@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import atmm as operator
-from kernels import skinny
 from kernels.atmm import atmm, fitting, resolve
 from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
-from kernels.launch import Launch
-from kernels.pointwise import add_rms_norm
 from kernels.reference import reference, relative_error
 from kernels.tiles import FORMS as FORMS_OF_ALL
 from kernels.tiles import Shape, Tiling
@@ -215,111 +211,6 @@ def test_graph_replays_with_new_contents(form):
             truth = reference(truth, x[: len(index)], pool, batch, (layer, "o"))
         graph.replay()
         assert relative_error(y[: len(index)], truth) < 1e-2
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the kernels launched, in order."""
-    names, bind = [], Launch.bind
-
-    def recording(launch, device):
-        run = bind(launch, device)
-        return lambda *arguments: (names.append(launch.kernel.__name__), run(*arguments))
-
-    monkeypatch.setattr(Launch, "bind", recording)
-    monkeypatch.setattr(skinny, "_PLANS", {})
-    return names
-
-
-@pytest.mark.parametrize("merged", [-1, 1], ids=["unmerged", "mixture"])
-def test_a_linear_beside_its_shrink_equals_both_in_turn(monkeypatch, launched, merged):
-    tile = skinny.Tile(2, 3, 1)
-    monkeypatch.setattr(operator, "has_dependent_launch", lambda: True)
-    monkeypatch.setattr(skinny, "tile_for", lambda x, weight: tile)
-    pool, batch, index, random = world(DTYPES[0])
-    batch.update(index, merged)
-    launched.clear()
-    x, _ = tensors(pool, (1, "qkv"), len(index), random)
-    weight, bias = (torch.randn(112, *size, generator=random).to(DEVICE, pool.dtype) for size in ((96,), ()))
-    apart = skinny.run(x, weight, bias, tile)
-    atmm(apart, x, pool, batch, (1, "qkv"))
-    assert launched == ["few_rows", "shrink", "expand"]
-    launched.clear()
-    assert torch.equal(operator.linear(x, weight, bias, pool, batch, (1, "qkv")), apart)
-    assert launched == ["shrink", "few_rows", "expand"]
-
-
-@pytest.mark.parametrize(
-    ("tile", "form", "rows", "order"),
-    [
-        (skinny.Tile(), "planes", [-1] * 5, ["few_rows"]), (skinny.Tile(), "one launch", [1, 2], ["few_rows", "fused"]),
-        (None, "planes", [1, 2], ["shrink", "expand"]),
-    ],
-    ids=["nothing to add", "a tiling of one launch", "torch's linear"],
-)  # fmt: skip
-def test_a_linear_that_cannot_run_beside_goes_first(monkeypatch, launched, tile, form, rows, order):
-    monkeypatch.setattr(operator, "has_dependent_launch", lambda: True)
-    monkeypatch.setattr(skinny, "tile_for", lambda x, weight: tile)
-    monkeypatch.setattr(operator, "lookup", lambda shape: FORMS[form])
-    pool, batch, _, random = world(DTYPES[0])
-    batch.update(np.array(rows))
-    launched.clear()
-    x, _ = tensors(pool, (0, "o"), len(rows), random)
-    weight = torch.randn(64, 96, generator=random).to(DEVICE, pool.dtype)
-    y = operator.linear(x, weight, None, pool, batch, (0, "o"))
-    truth = reference(torch.nn.functional.linear(x.float(), weight.float()), x, pool, batch, (0, "o"))
-    assert relative_error(y, truth) < 1e-2
-    assert launched == order
-
-
-@pytest.mark.gpu
-def test_linears_beside_their_shrinks_in_a_graph():
-    """Six layers of norm, q, k, v, norm and o, in one graph, bit for bit what launches that wait for each other give."""
-    projections = {"qkv": Projection(4096, (4096,) * 3), "o": Projection(4096, (4096,))}
-    random = torch.Generator("cuda").manual_seed(0)
-    pool = LoraPool(projections, layers=6, slots=8, rows=8 * 64, dtype=torch.bfloat16, device="cuda")
-    for slot in range(8):
-        pool.reserve(slot, 64, 0.5)
-    for factors in (*pool.a.values(), *pool.b.values()):
-        factors.normal_(0, 0.02, generator=random)
-    weights = {name: [torch.randn(p.d_out, 4096, generator=random, device="cuda").bfloat16() / 64 for _ in range(6)]
-               for name, p in projections.items()}  # fmt: skip
-    ones = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
-    for rows in (1, 8, 32):
-        batch = LoraBatch(pool, rows)
-        batch.fix(rows, min(rows, 8), 64)
-        batch.update(np.arange(rows) % 9 - 1)
-        hidden, residual = (torch.randn(rows, 4096, generator=random, device="cuda").bfloat16() for _ in range(2))
-
-        def layers(project, batch=batch, hidden=hidden, residual=residual):
-            batch.route()
-            x, left = hidden, residual.clone()
-            for layer in range(6):
-                x = add_rms_norm(x, left, ones, 1e-5)
-                x = project(x, layer, "qkv")[:, :4096].contiguous()
-                x = add_rms_norm(x, left, ones, 1e-5)
-                x = project(x, layer, "o")
-            return x
-
-        def apart(x, layer, name, batch=batch):
-            torch.cuda.synchronize()
-            y = skinny.linear(x, weights[name][layer])
-            torch.cuda.synchronize()
-            atmm(y, x, pool, batch, (layer, name))
-            torch.cuda.synchronize()
-            return y
-
-        def beside(x, layer, name, batch=batch):
-            return operator.linear(x, weights[name][layer], None, pool, batch, (layer, name))
-
-        truth = layers(apart)
-        layers(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = layers(beside)
-        for _ in range(10):
-            graph.replay()
-            assert torch.equal(found, truth)
 
 
 @pytest.mark.parametrize(

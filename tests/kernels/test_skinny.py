@@ -17,6 +17,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
 TABLE_FILES = sorted(skinny.FOLDER.glob("*.json"))
 TABLES = {shape: buckets for path in TABLE_FILES for shape, buckets in skinny.load(path).items()}
+BRANCHED = {shape: buckets for path in TABLE_FILES for shape, buckets in skinny.load(path, branched=True).items()}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -39,7 +40,7 @@ def error(y, x, w, bias):
     ("rows", "columns", "depth", "tile"),
     [
         (1, 64, 256, Tile()), (5, 80, 512, Tile(2, 3, 1)), (16, 130, 400, Tile(3, 3, 3)), (17, 64, 1024, Tile(4, 3, 3)),
-        (64, 64, 640, Tile(2, 4, 2)), (5, 330, 512, Tile(shared=1)), (16, 130, 400, Tile(shared=2)),
+        (64, 64, 640, Tile(2, 4, 2, fetched=2)), (5, 330, 512, Tile(shared=1)), (16, 130, 400, Tile(shared=2)),
         (64, 64, 1280, Tile(shared=1)), (3, 64, 256, Tile(shared=3)),
     ],
     ids=["one row", "columns to spare", "depth to spare", "all of it held", "64 rows", "shared", "shared, depth to spare",
@@ -110,6 +111,8 @@ def test_a_shipped_table_says_where_it_comes_from_and_keeps_what_is_faster(path)
     for entry in table["entries"]:
         assert len(entry["rows"]) == len(entry["us"]) == len(entry["torch_us"])
         assert (sum(entry["us"]) < sum(entry["torch_us"])) == (entry["tile"] is not None), entry
+        if "branched" in entry:
+            assert (sum(entry["branched_us"]) < sum(entry["in_turn_us"])) == (entry["branched"] is not None), entry
 
 
 @pytest.mark.parametrize(
@@ -130,20 +133,24 @@ def test_a_file_that_is_no_table_is_named(tmp_path, monkeypatch, text, says):
 
 
 def test_the_bench_writes_what_is_looked_up_and_keeps_other_shapes(tmp_path):
-    def rows(columns, times):
-        return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, *tile, us, "1.0", "1e-6"), strict=True))
+    def rows(columns, times, branches=""):
+        return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, branches, *tile, us, "1.0", "1e-6"), strict=True))
                 for count, tile, us in times]  # fmt: skip
 
-    torchs, first, second = ("",) * 4, (2, 3, 1, 0), (1, 4, 0, 2)
+    torchs, first, second, third = skinny_bench.TORCH, (2, 3, 1, 0, 0, 0), (1, 4, 0, 2, 0, 0), (2, 3, 0, 0, 4, 3)
     ours = rows(64, [(1, first, "1.0"), (1, second, "1.5"), (1, torchs, "2.0"),
                      (16, first, "3.0"), (16, second, "2.0"), (16, torchs, "2.5"), (32, first, "3.0"), (32, torchs, "2.0")])
+    ours += rows(64, [(1, first, "4.0"), (16, second, "6.0"), (32, torchs, "3.0")], "in turn")
+    ours += rows(64, [(1, third, "3.0"), (16, third, "6.0"), (32, third, "3.5")], "joined")
     origin = {"device": "a GPU", "date": "2026-01-01", "versions": "v", "command": "c"}
     path = tmp_path / "linears.json"
     skinny_bench.write(path, origin, skinny_bench.entries_of(ours))
     assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}}
+    assert skinny.load(path, branched=True) == {(64, 512): {16: Tile(*third), 32: None}}
     again = rows(128, [(1, first, "1.0"), (1, torchs, "2.0")])
     skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(again))
     assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}, (128, 512): {16: Tile(*first)}}
+    assert skinny.load(path, branched=True)[128, 512] == {16: None}
     assert json.loads(path.read_text())["note"] == "2 of 3 entries are of 2026-01-01"
 
 
@@ -161,9 +168,24 @@ def test_the_bench_ranks_tiles_and_torch_and_proves_each(monkeypatch):
         assert all(list(row) == list(skinny_bench.COLUMNS) for row in rows)
 
 
+@interpreted
+def test_the_bench_times_branches_behind_the_linear_and_in_it(monkeypatch):
+    monkeypatch.setattr(skinny_bench, "COLD_BYTES", 1)
+    monkeypatch.setattr(skinny_bench, "GATES", ())
+    monkeypatch.setattr(skinny_bench, "WIDTHS", {(64, 512): (64,)})
+    times = iter((3.0, 1.0, 5.0, 4.0, 2.0))
+    branched = [Tile(2, 3, parts=2), Tile(1, 3, parts=4)]
+    rows = skinny_bench.shape_rows(64, 512, 2, [Tile()], "cpu", torch.float32, lambda *_: next(times), branched)
+    assert [(row["branches"], row["us"], row["parts"]) for row in rows] == [
+        ("", "1.0", 0), ("", "3.0", ""), ("in turn", "5.0", 0), ("joined", "2.0", 4), ("joined", "4.0", 2)]  # fmt: skip
+    assert all(float(row["error"]) < 1e-5 for row in rows)
+
+
 def test_the_bench_tries_what_the_table_holds():
     for (columns, _), buckets in TABLES.items():
         assert set(filter(None, buckets.values())) <= set(skinny_bench.candidates(columns))
+    for (columns, _), buckets in BRANCHED.items():
+        assert set(filter(None, buckets.values())) <= set(skinny_bench.branched_candidates(columns))
 
 
 @pytest.fixture
