@@ -30,7 +30,7 @@ SCALES = {
                      ("textures", "nodules", "stock"), 3),
     "small": Scale(Recipe(rank=16, alpha=32.0, learning_rate=3e-3, batch=24, steps=160, check_every=80),
                    tuple(generate_data.GENERATED), 0),
-    "full": Scale(Recipe(rank=16, alpha=32.0, learning_rate=2e-3, batch=48, steps=500, check_every=75),
+    "full": Scale(Recipe(rank=16, alpha=32.0, learning_rate=2e-3, batch=48, steps=300, check_every=50),
                   tuple(generate_data.GENERATED), 4),
 }  # fmt: skip
 

@@ -180,8 +180,13 @@ def inside(where: str, root: Path, given: object) -> Path:
         raise DomainError(f"{where}: {given!r} is not a path")
     if "://" in given:
         raise DomainError(f"{where}: {given!r} is a URL; nothing is fetched, name a file beside the YAML")
-    base, full = root.resolve(), (root / given).resolve()
-    if not full.is_relative_to(base):
+    return _below(where, root.resolve(), root / given, given)
+
+
+def _below(where: str, root: Path, path: Path, given: str) -> Path:
+    """`path`, which was given as `given`, resolved. root: resolved, which for tens of thousands of images is done once."""
+    full = path.resolve()
+    if not full.is_relative_to(root):
         raise DomainError(f"{where}: {given!r} leads out of {root}; put the data below the YAML's folder")
     return full
 
@@ -194,7 +199,7 @@ def _rows(where: str, given: object, root: Path, task: str, question: str) -> li
         base, rows = path, rows_of_folder(path, root)
     else:
         base, rows = path.parent, _jsonl(path)
-    result = []
+    result, root = [], root.resolve()
     for number, row in rows:
         if len(result) >= MAX_ROWS:
             raise DomainError(f"{path}: more than {MAX_ROWS} rows; split the domain")
@@ -223,7 +228,7 @@ def _row(where: str, row: object, root: Path, base: Path, task: str, question: s
     frames = row.get("frames", [row["image"]] if "image" in row else None)
     if not isinstance(frames, list) or not 1 <= len(frames) <= MAX_FRAMES or ("image" in row and "frames" in row):
         raise DomainError(f"{where}: give either image, or frames with 1..{MAX_FRAMES} paths")
-    images = tuple(inside(f"{where}: image", root, _beside(where, base, root, frame)) for frame in frames)
+    images = tuple(_image(f"{where}: image", root, base, frame) for frame in frames)
     split = row.get("split")
     if split not in (None, *SPLITS):
         raise DomainError(f"{where}: split {split!r}{near(str(split), SPLITS)}; one of {', '.join(SPLITS)}")
@@ -239,10 +244,11 @@ def _row(where: str, row: object, root: Path, base: Path, task: str, question: s
     return Example(images, asked, _answers(where, row)), split, confidence
 
 
-def _beside(where: str, base: Path, root: Path, frame: object) -> object:
-    if not isinstance(frame, str) or "://" in frame:
-        return frame  # `inside` says what is wrong with it
-    return str((base.resolve() / frame).relative_to(root.resolve())) if not Path(frame).is_absolute() else frame
+def _image(where: str, root: Path, base: Path, frame: object) -> Path:
+    """A path of a row, which counts from the folder of its file. root, base: resolved, the one above the other."""
+    if not isinstance(frame, str) or not frame or "\0" in frame or "://" in frame:
+        return inside(where, root, frame)  # which says what is wrong with it
+    return _below(where, root, base / frame, frame)
 
 
 def _answers(where: str, row: Mapping) -> tuple[str, ...]:

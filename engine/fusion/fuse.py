@@ -70,7 +70,7 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
     count = options.workers or default_workers(runs.bench)
     log(f"{len(runs.bench.domains)} domains, {count} worker{'s' if count > 1 else ''}")
     with Workers(runs, again, count) as workers:
-        workers.each([(_train_own, (domain.name,)) for domain in runs.bench.domains if domain.relative])
+        workers.each(_single_jobs(runs, options))
         runs.set_floors()
         for domain in runs.bench.domains:
             log(f"floor of {domain.name}: {runs.floors[domain.name]:.3f} {domain.metric}")
@@ -94,6 +94,15 @@ def open_runs(model: str | Path, domains_yaml: str | Path, output: Path, recipe:
 
 
 # -- jobs: each trains what is not there yet -------------------------------------------------------------------------------
+def _single_jobs(runs: Runs, options: Options) -> list[Job]:
+    """The domains' own adapters that relative floors need, and those that decode: the longest first."""
+    long_first = sorted(runs.bench.domains, key=lambda domain: -runs.recipe.steps_of(domain))
+    jobs: list[Job] = [(_train_own, (domain.name,)) for domain in long_first if domain.relative]
+    if DECODED in options.compare:
+        jobs += [(_train_decoded, (domain.name,)) for domain in long_first if domain.head]
+    return jobs
+
+
 def _jobs(runs: Runs, options: Options) -> list[Job]:
     """All searches and comparisons, which need nothing of each other: those with the longest chain of trainings first."""
     jobs: list[Job] = [(_in_order, (COMPARISONS[name],)) for name in options.compare if name in COMPARISONS]
@@ -101,8 +110,6 @@ def _jobs(runs: Runs, options: Options) -> list[Job]:
     names = _yardstick_names(runs, options)
     for size in range(len(names), 1, -1):
         jobs += [(_attempt, (names, members)) for members in combinations(names, size)]
-    if DECODED in options.compare:
-        jobs += [(_train_decoded, (domain.name,)) for domain in runs.bench.domains if domain.head]
     return jobs
 
 

@@ -63,8 +63,8 @@ class Runs:
         return Task((name,), (name,), self.recipe.steps_of(domain), {name: ALL_BUT_PERFECT * HIGHEST[domain.metric]})
 
     def train_decoded(self, name: str) -> Path:
-        """The domain's own adapter without a head, which decodes its answer, trained for all of the steps; its folder."""
-        task = replace(self.own_task(name), floors=None, decode=True)
+        """The domain's own adapter without a head, which decodes its answer, trained by the same rule; its folder."""
+        task = replace(self.own_task(name), decode=True)
         self.run("decoded", task)
         return self.path("decoded", task)
 
