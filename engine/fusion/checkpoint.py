@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,16 +43,6 @@ def locked(path: Path, deadline: float | None = None) -> Iterator[None]:
                 stop_if_late(deadline)
                 time.sleep(ASK_AGAIN_S)
         yield
-
-
-def put_in_place(unfinished: Path, target: Path) -> None:
-    """Make a finished folder the folder `target`, in the place of an older one; its files reach the disk first."""
-    for path in (*sorted(unfinished.rglob("*")), unfinished):
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(unfinished, target)
 
 
 def save(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping) -> None:

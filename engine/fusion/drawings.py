@@ -227,6 +227,11 @@ PLAIN = (plain_scene, plain_scene, plain_places, plain_where, plain_where, plain
 """Equal shares. To find a shape takes the most examples to learn: its corners are four tokens, all of which must be near."""
 
 
+def plain_examples(numbers: range, seed: int) -> list[Drawing]:
+    """The plain drawings of these numbers, each from a generator of its own."""
+    return [PLAIN[i % len(PLAIN)](np.random.default_rng([seed, i])) for i in numbers]
+
+
 def toned(level: np.ndarray, rng: np.random.Generator, dark=None, light=None) -> Image.Image:
     """A field of about -1..1 between two colours."""
     dark = np.asarray(dark if dark is not None else rng.integers(0, 110, 3), np.float32)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 
-from engine.fusion.checkpoint import put_in_place
 from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.evaluate import evaluate, evaluate_base
 from engine.fusion.metrics import Score
@@ -33,6 +32,7 @@ from engine.fusion.oracle import JOINT, SEQUENCE, SEQUENCE_EARLY, Runs, Training
 from engine.fusion.search import exhaustive, fuse_in_order, search
 from engine.fusion.train import Recipe, load_run
 from engine.fusion.trials import Attempt, Packing
+from engine.fusion.whole_folder import put_in_place
 from engine.fusion.workbench import digest_of, open_workbench
 from engine.fusion.workers import Job, Workers, default_workers
 from traces.whole_file import replace_text

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.fusion import domain_drawings as drawn
-from engine.fusion.checkpoint import put_in_place
 from engine.fusion.domains import SPLITS, DomainError
 from engine.fusion.drawings import Drawing
+from engine.fusion.whole_folder import put_in_place
 from traces.whole_file import replace_text
 
 SIZES = {"seconds": (96, 48, 48), "small": (800, 400, 1200), "full": (1500, 1000, 2000)}

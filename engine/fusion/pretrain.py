@@ -25,9 +25,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.fusion import checkpoint
-from engine.fusion.drawings import COLOURS, PLAIN, SHAPES, SIZE, Drawing
+from engine.fusion.drawings import COLOURS, SHAPES, SIZE, Drawing, plain_examples
 from engine.fusion.graphed import CausalDecoder, Graphs
 from engine.fusion.task_heads import GIOU_WEIGHT, L1_WEIGHT, corners_of, giou
+from engine.fusion.whole_folder import put_in_place
 from engine.fusion.wording import QUERIES, Packed, Wording
 from engine.images import DEVIATION, MEAN
 
@@ -148,7 +149,7 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
     model.to("cpu", torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)  # as it will be loaded
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    checkpoint.put_in_place(unfinished, folder)
+    put_in_place(unfinished, folder)
     shutil.rmtree(work, ignore_errors=True)
     del model
     if torch.device(device).type == "cuda":
@@ -160,14 +161,10 @@ def pretrain(folder: str | Path, size: Size, texts: Sequence[str], *, device: st
 def plain_drawings(count: int, seed: int, jobs: int = 1) -> list[Drawing]:
     """`count` plain drawings, the same whatever the number of processes that draw them."""
     if jobs == 1:
-        return _drawn(range(count), seed)
+        return plain_examples(range(count), seed)
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         chunks = [range(start, min(start + 1000, count)) for start in range(0, count, 1000)]
-        return [drawing for part in pool.map(partial(_drawn, seed=seed), chunks) for drawing in part]
-
-
-def _drawn(numbers: range, seed: int) -> list[Drawing]:
-    return [PLAIN[i % len(PLAIN)](np.random.default_rng([seed, i])) for i in numbers]
+        return [drawing for part in pool.map(partial(plain_examples, seed=seed), chunks) for drawing in part]
 
 
 class _Lessons:

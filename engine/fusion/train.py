@@ -29,6 +29,7 @@ from engine.fusion.evaluate import evaluate
 from engine.fusion.merged import merge_heads, merged_factors
 from engine.fusion.metrics import Score
 from engine.fusion.task_heads import Head, write_head
+from engine.fusion.whole_folder import put_in_place
 from engine.fusion.wording import QUERIES
 from engine.fusion.workbench import Workbench
 from traces.whole_file import replace_text
@@ -342,7 +343,7 @@ class _Run:
         if self.head is not None and self.head.rows:
             domains = [self.bench.domain(name) for name in self.task.domains]
             write_head(unfinished, self.head, domains, self.bench.wording.query_ids)
-        checkpoint.put_in_place(unfinished, target)
+        put_in_place(unfinished, target)
         seconds = state["seconds"] + time.monotonic() - self.started
         told = {"domains": self.task.domains, "steps": state["step"], "seconds": round(seconds, 3),
                 "scores": state["scores"], "history": state["history"], "milestones": state["milestones"],
