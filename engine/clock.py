@@ -127,7 +127,7 @@ class MockedClock:
         if number == 0:
             self._slow_ps = 0
             if self._loads and cost.profile.load_slowdown:
-                self._slow_ps = cost.beside_load_ps(cost.step_ps(work))
+                self._slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - self._now_ps)
             idle = self._end_ps != self._now_ps
             self._now_ps += cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
             self._started = 0

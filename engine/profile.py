@@ -184,7 +184,8 @@ class Run:
         adapters = make_adapters(max(2, args.adapters), (rank,))
         policy = make_policy(POLICY_OF[operator])
         found = find_adapters(adapters, model, config.targets, None, args.seed)
-        engine = build(model, self._decoder, adapters, found, policy, find_profile(args.profile, model), config)
+        known = find_profile(args.profile, model, measured=False)  # the measured one is what is being made, and lacks tables
+        engine = build(model, self._decoder, adapters, found, policy, known, config)
         if model.device.type == "cuda":
             engine.runner.cache.keys.normal_()
             engine.runner.cache.values.normal_()

@@ -281,16 +281,17 @@ def served_trace(args: argparse.Namespace, model: Model, config: EngineConfig, g
     return trace
 
 
-def find_profile(path: str | None, model: Model) -> Profile:
+def find_profile(path: str | None, model: Model, *, measured: bool = True) -> Profile:
     """`profile_for` the name of a model that is loaded."""
-    return profile_for(path, model.source if model.source in MODELS else model.shape.name)
+    return profile_for(path, model.source if model.source in MODELS else model.shape.name, measured=measured)
 
 
-def profile_for(path: str | None, name: str) -> Profile:
-    """The profile of a file; else the model's measured one, else its analytic one. ProfileError where there is none."""
+def profile_for(path: str | None, name: str, *, measured: bool = True) -> Profile:
+    """The profile of a file; else the model's measured one, if it may be that, else its analytic one. ProfileError where
+    there is none."""
     if path is not None:
         return load_profile(path)
-    for candidate in (f"h200-{name}.json", f"analytic-h200-{name}.json"):
+    for candidate in (f"h200-{name}.json", f"analytic-h200-{name}.json")[not measured :]:
         if (PROFILES / candidate).exists():
             return load_profile(PROFILES / candidate)
     raise ProfileError(f"no latency profile for the model {name!r}; policies predict with one: name it with --profile FILE")

@@ -251,9 +251,10 @@ class Cost:
         base, request, chunk, image, load, wake = self._lease
         return base + request * decodes + chunk * chunks + image * images + load * loads + (wake if idle else 0)
 
-    def beside_load_ps(self, step_ps: int) -> int:
-        """By how much a step of `step_ps` takes longer while an adapter is loaded."""
-        return round(step_ps * self.profile.load_slowdown)
+    def beside_load_ps(self, step_ps: int, left_ps: int) -> int:
+        """By how much a step of `step_ps` takes longer beside copies of adapters that go on for left_ps: it is slowed down
+        only as long as they do."""
+        return round(min(step_ps, max(left_ps, 0)) * self.profile.load_slowdown)
 
     # -- what policies ask --------------------------------------------------------------------------------------------
     def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE, cold: int = -1) -> int:
@@ -290,4 +291,8 @@ class Cost:
 
     def load_ns(self, adapter: int) -> int:
         """Time of the copy of `adapter` from pinned host memory, alone on the link."""
-        return round(self.profile.load_latency_us * 1000 + self.adapter_bytes(adapter) / self.profile.load_gb_per_s)
+        return self.copy_ns(self._adapters[adapter].rank)
+
+    def copy_ns(self, rank: int) -> int:
+        """`load_ns` of an adapter of `rank`."""
+        return round(self.profile.load_latency_us * 1000 + self.profile.adapter_bytes(rank) / self.profile.load_gb_per_s)

@@ -43,7 +43,7 @@ class Profile:
     What only an engine has, neutral where a file lacks it. steps_ahead: 1 where a further step is under way when an event
     is noticed at a step's end. rank_align: in memory a rank is padded to a multiple of it. prefill_linear: `linear` of steps
     with chunks of prompts; mixed_attention: decode_attention in them; empty: as in steps without. lease_us: see LEASE_PARTS;
-    decide_us: policy -> time of a decision. load_slowdown: by what share a step takes longer while an adapter is loaded.
+    decide_us: policy -> time of a decision. load_slowdown: by what share a step is slower while adapters are copied.
     scatter: table -> the 10th and 90th percentile of its repeats over their median; "model": of held-out steps, measured
     over predicted.
     """

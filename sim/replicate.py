@@ -157,7 +157,8 @@ def predicted(record: RunResult, profile: Profile, config: SimConfig, policy: Po
     for lease in leases(record):
         work = lease.work
         boundary = cost.lease_ps(work.decodes, len(work.prefills), work.images, lease.loads, idle=lease.idle)
-        slow = cost.beside_load_ps(cost.step_ps(work)) if lease.loading else 0
+        copies_ps = max(1, lease.loads) * cost.copy_ns(work.rank) * PS_PER_NS  # of one that began earlier all is left
+        slow = cost.beside_load_ps(cost.step_ps(work), copies_ps) if lease.loading else 0
         jump = run(cost, work, lease.steps, FOREVER_PS, slow_ps=slow)
         rows.append((
             0, lease.start_ns, lease.free_ns, int(lease.known), boundary // PS_PER_NS, jump.first_ps // PS_PER_NS,
