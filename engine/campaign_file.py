@@ -28,7 +28,8 @@ from engine.options import add_replay_arguments
 from policies import Policy, known_policies, make_policies
 from traces.options import SAMPLE
 from traces.record import parse_goodput
-from traces.suggest import SuggestingParser, near
+from traces.strict_yaml import StrictYaml
+from traces.suggest import SuggestingParser
 
 FOLDER = Path(__file__).parent / "campaigns"
 """Campaigns that ship; their names may stand for their files."""
@@ -93,19 +94,9 @@ def read_campaign(path: str | Path, traces: str | Path | None) -> list[Cell]:
     shipped = FOLDER / f"{path}.yaml"
     if not Path(path).exists() and shipped.exists():
         path = shipped
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
-        why = getattr(error, "strerror", None) or error
-        raise CampaignError(f"{path}: {why}; name a YAML file, or one of {known}") from None
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f":{place.line + 1}:{place.column + 1}" if place else ""
-        raise CampaignError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from None
-    except RecursionError:
-        raise CampaignError(f"{path}: nested too deeply for a campaign") from None
-    return list(_Reader(Path(path), traces).cells(root))
+    known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+    reader = _Reader(path, traces)
+    return list(reader.cells(reader.root(f"name a YAML file, or one of {known}")))
 
 
 def chosen(cells: list[Cell], pattern: str | None) -> list[Cell]:
@@ -148,16 +139,12 @@ def _parser() -> SuggestingParser:
     return parser
 
 
-class _Reader:
-    def __init__(self, path: Path, traces: str | Path | None):
-        self.path, self.traces = path, traces
+class _Reader(StrictYaml):
+    def __init__(self, path: str | Path, traces: str | Path | None):
+        super().__init__(path, CampaignError, "a campaign", "replays: {conv: {trace: conv.csv}}")
+        self.traces = traces
         flags = _parser()._option_string_actions.items()
         self.known = {flag[2:]: a for flag, a in flags if flag.startswith("--") and a.dest not in NOT_OURS}
-
-    def fail(self, node: yaml.Node | None, message: str):
-        """Raise CampaignError with the place of `node`."""
-        where = f":{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node else ""
-        raise CampaignError(f"{self.path}{where}: {message}")
 
     def cells(self, root: yaml.Node | None) -> Iterator[Cell]:
         parts = dict(self.pairs(root, "a campaign", ("defaults", "replays")))
@@ -187,21 +174,6 @@ class _Reader:
             args.trace = str(Path(self.traces) / args.trace)
         for policy in policies:
             yield Cell(name, policy, args)
-
-    def pairs(self, node: yaml.Node | None, what: str, known: tuple[str, ...] | None) -> Iterator[tuple[str, yaml.Node]]:
-        """(key, value) of a mapping, each key known and there once."""
-        if not isinstance(node, yaml.MappingNode) or not node.value:
-            self.fail(node, f"{what} must be a mapping, as in `replays: {{conv: {{trace: conv.csv}}}}`")
-        seen = set()
-        for name, value in node.value:
-            key = name.value if isinstance(name, yaml.ScalarNode) else None
-            if key is None or (known is not None and key not in known):
-                hint = f"{near(str(key), known or ())}; known are {', '.join(known or ())}"
-                self.fail(name, f"unknown key {name.value!r} in {what}{hint}")
-            if key in seen:
-                self.fail(name, f"{key} stands twice")
-            seen.add(key)
-            yield key, value
 
     def options(self, node: yaml.Node) -> dict[str, list[str]]:
         """option -> its values as text, each proved to be one that the option can have."""

@@ -25,7 +25,7 @@ from pathlib import Path
 import yaml
 
 from sim.experiment import OptionError, option_names, parse_options
-from traces.suggest import near
+from traces.strict_yaml import StrictYaml
 
 MAX_RUNS = 1_000_000
 PATHS = ("trace", "profile")
@@ -75,19 +75,8 @@ def _said(name: str, axes: dict[str, str]) -> str:
 
 def read_grid(path: str | Path, instead: dict[str, str] | None = None) -> Grid:
     """The grid in a YAML file; options in `instead` have one value, whatever the file says. Raises GridError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise GridError(f"{path}: {getattr(error, 'strerror', None) or error}; name a YAML file") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        where = f":{place.line + 1}:{place.column + 1}" if place else ""
-        raise GridError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from None
-    except RecursionError:
-        raise GridError(f"{path}: nested too deeply for a grid") from None
-    grid = _Reader(str(path)).grid(root)
+    reader = _Reader(path)
+    grid = reader.grid(reader.root())
     for name, options in grid.variants.items():
         if both := sorted(set(options) & set(instead or {})):
             raise GridError(f"{path}: variant {name!r} sets {both[0]}, so it cannot have one value for all runs")
@@ -95,16 +84,10 @@ def read_grid(path: str | Path, instead: dict[str, str] | None = None) -> Grid:
     return replace(grid, fixed=grid.fixed | (instead or {}), axes=axes)
 
 
-class _Reader:
-    def __init__(self, path: str):
-        self.path = path
-        self.folder = Path(path).parent
+class _Reader(StrictYaml):
+    def __init__(self, path: str | Path):
+        super().__init__(path, GridError, "a grid", "policy: [valora, slora]")
         self.known = option_names()
-
-    def fail(self, node: yaml.Node | None, message: str):
-        """Raise GridError with the place of `node`."""
-        where = f":{node.start_mark.line + 1}:{node.start_mark.column + 1}" if node else ""
-        raise GridError(f"{self.path}{where}: {message}")
 
     def grid(self, root: yaml.Node | None) -> Grid:
         """The grid in a document."""
@@ -121,24 +104,10 @@ class _Reader:
                 self.fail(None, f"variant {name!r} sets {twice[0]}, which is an axis too; keep one of them")
         if "seed" in axes:
             axes["seed"] = axes.pop("seed")  # last, so that runs that are averaged follow each other
-        grid = Grid(self.path, fixed, axes, variants)
+        grid = Grid(str(self.path), fixed, axes, variants)
         if len(grid) > MAX_RUNS:
             self.fail(None, f"{len(grid):,} runs; at most {MAX_RUNS:,}")
         return grid
-
-    def pairs(self, node: yaml.Node | None, what: str, known: tuple[str, ...]) -> Iterator[tuple[str, yaml.Node]]:
-        """(key, value) of a mapping, each key known and there once."""
-        if not isinstance(node, yaml.MappingNode) or not node.value:
-            self.fail(node, f"{what} is a mapping of options, as in `policy: [valora, slora]`")
-        seen = set()
-        for name, value in node.value:
-            key = name.value.replace("_", "-") if isinstance(name, yaml.ScalarNode) else None
-            if key not in known:
-                self.fail(name, f"unknown option {name.value!r}{near(key, known)}; options are {', '.join(known)}")
-            if key in seen:
-                self.fail(name, f"{key} stands twice")
-            seen.add(key)
-            yield key, value
 
     def variants(self, node: yaml.Node) -> dict[str, dict[str, str]]:
         """name -> options."""
@@ -179,7 +148,7 @@ class _Reader:
         """The value as the command line would get it, proved to be one that the option can have."""
         text = self.scalar(key, node)
         if key in PATHS and (key == "trace" or text.endswith(".json") or "/" in text):
-            text = str(self.folder / text)
+            text = str(self.path.parent / text)
         try:
             self.prove(key, text)
         except ValueError as error:

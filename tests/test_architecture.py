@@ -19,7 +19,7 @@ ROOMS = {  # room -> the rooms of ours that it may import
     "engine": {"policies", "traces", "kernels"},
     "analysis": {"traces"},
 }
-LEAVES = {"traces": {"numpy", "pandas", "pyarrow"}, "kernels": {"torch", "triton", "numpy", "matplotlib"}}
+LEAVES = {"traces": {"numpy", "pandas", "pyarrow", "yaml"}, "kernels": {"torch", "triton", "numpy", "matplotlib"}}
 """What they import beside the standard library."""
 CHOOSERS = ("batching", "costaware", "dlora", "merged_only", "unmerged", "valora")
 """The modules in which policies choose: a plan is a pure function of the view."""
