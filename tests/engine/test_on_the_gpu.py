@@ -160,7 +160,7 @@ def test_a_profile_of_all_operators_times_steps_by_graphs_only(profile_file, tmp
     out = tmp_path / "tiny.json"
     assert main(["profile", "--model", "tiny-llava", "--out", str(out), "--profile", str(profile_file), "--ranks", "16",
                  "--adapters", "4", "--max-batch", "8", "--max-batch-tokens", "64", "--max-context", "256", "--quick",
-                 "--host-seconds", "0.3"]) == 0  # fmt: skip
+                 "--host-seconds", "0.3", "--memory-share", "0.02"]) == 0  # fmt: skip
     assert set(load_profile(out).lora) == {"atmm", "slora", "punica", "dlora", "vllm"}
     rows = RowsFile(tmp_path / "tiny.json.rows.jsonl").rows
     assert not [key for key, row in rows.items() if row["what"] == "left out" and key.startswith(("lora", "mixture"))]
@@ -175,7 +175,8 @@ def test_a_campaign_builds_an_engine_once_and_serves_on(profile_file, tmp_path, 
     from traces.result_files import read_results
 
     (tmp_path / "c.yaml").write_text(
-        "defaults: {model: tiny-llava, policy: [valora, punica], adapters: 3, ranks: 16, max-requests: 24, rate: 60, "
+        "defaults: {model: tiny-llava, memory-share: 0.02, policy: [valora, punica], adapters: 3, ranks: 16, "
+        "max-requests: 24, rate: 60, "
         "clip: true, max-context: 256, max-batch: 8, max-batch-tokens: 64, profile: made-up.json}\n"
         "replays:\n  a: {adapter-assign: 'share:0.8'}\n  b: {adapter-assign: uniform, drain: 60}\n"
     )

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engine import profile_parts as parts  # noqa: E402
+from engine import serve  # noqa: E402
 from engine.__main__ import main  # noqa: E402
 from engine.build import build, find_adapters  # noqa: E402
 from engine.graphs import BRANCHED, MIXED, PLAIN  # noqa: E402
@@ -261,6 +262,16 @@ def test_misspelt_names_are_answered(command, words, message, capsys):
     with pytest.raises(SystemExit):
         main([*command, *words])
     assert message in capsys.readouterr().err
+
+
+def test_a_profile_in_the_making_is_not_what_its_engines_predict_with(profile, tmp_path, monkeypatch):
+    """What the first engine left of it has no table of the operators that come later."""
+    monkeypatch.setattr(serve, "PROFILES", tmp_path)
+    for name in ("h200-a", "analytic-h200-a"):
+        data = dataclasses.asdict(profile)
+        (tmp_path / f"{name}.json").write_text(json.dumps({key: data[key] for key in data if key not in ("name", "sha256")}))
+    found = [serve.profile_for(None, "a", measured=measured).name for measured in (True, False)]
+    assert found == ["h200-a", "analytic-h200-a"]
 
 
 def test_rows_survive_a_torn_line_and_refuse_a_strange_one(tmp_path):
