@@ -4,7 +4,8 @@ While the weights arrive nothing else need wait: the first programs of the grid 
 linear of theirs over the factors A; the others compute the layer's columns, in `kernels.skinny`'s way, and before they end
 wait for z, whose makers started before them, and add z B to the sums that they hold. A branch then costs what its factors
 take to arrive: no launch, and no second pass over y. Rows are taken in the order of the batch's routes, in which the rows of
-an adapter lie together. Results do not depend on timing.
+an adapter lie together. Results do not depend on timing, nor a row on another row's adapter, as long as every B is finite
+(the sum goes over all adapters, z being zero for other rows; who loads adapters refuses what is not finite).
 
 It knows shapes, slots and rows; no layer and no table. For up to 64 rows; a linear's columns must be whole blocks of 64 in
 each slice. Factors and routes must be complete before the first launch of a chain of dependent launches.
@@ -24,8 +25,9 @@ from kernels import skinny
 from kernels.batch import Key, LoraBatch, LoraError, LoraPool
 from kernels.branch import entry, number
 from kernels.dependent import fetch, trigger, wait
-from kernels.launch import Launch, argument, layers
-from kernels.skinny import BK, BN, Tile, all_stored, bucket_of, dot, finish, partial_sums
+from kernels.launch import Launch, argument, layers, room
+from kernels.linear_tiles import Tile, bucket_of
+from kernels.skinny import BK, BN, all_stored, dot, finish, partial_sums
 
 CHUNK = 64
 """Ranks that a program takes at a time."""
@@ -74,7 +76,8 @@ def _shrink(
         first = tl.where(folded, 0, first)
     r = c * BR + tl.arange(0, BR)
     start = part * ((K + PARTS * BK - 1) // (PARTS * BK) * BK)
-    a_rows = a + (s * pool_rows + offset + tl.minimum(r, rank - 1)).to(tl.int64) * K
+    a_row = tl.minimum(r, tl.maximum(rank, 1) - 1)  # rows that owe only the folded adapter's branch have none of their own
+    a_rows = a + (s * pool_rows + offset + a_row).to(tl.int64) * K
     acc = partial_sums(a_rows, x + token * XS, live, start, K, TOKENS,
                        BR, BK, PARTS, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
     mine = (r < rank)[:, None] & ((m >= first) & (m < first + rows))[None, :]
@@ -177,7 +180,7 @@ def few_rows_branched(
 
 def tile_for(x: torch.Tensor, weight: torch.Tensor, pool: LoraPool, batch: LoraBatch, name: str) -> Tile | None:
     """None: a linear and then its branches, for what the kernel does not take or where it was not measured to be faster."""
-    if not (batch.adapters and skinny.fits(x, weight)):
+    if not (batch.adapters and x.dtype is pool.dtype and skinny.fits(x, weight)):
         return None
     return measured_tile(len(x), pool, batch, name)
 
@@ -209,7 +212,8 @@ def launch_of(pool: LoraPool, batch: LoraBatch, name: str, stride: int, tokens: 
     types |= dict.fromkeys(("sums", "planes"), torch.float32) | dict.fromkeys(("counters", "met"), torch.int32)
     types |= dict.fromkeys(("came", "went"), torch.int64) | dict.fromkeys(("state", "route", "count", "perm"), torch.int32)
     types |= {"rows": 1, "shrinkers": 1, "columns": 16 if projection.d_out % 16 == 0 else 8, "pool_rows": 16}
-    return Launch(few_rows_branched, (shrinkers + linears, 1), constants, types)
+    programs = shrinkers + linears
+    return Launch(few_rows_branched, (programs, 1), constants, types, shared_bytes=room(tile.residents, programs))
 
 
 def linear(
@@ -233,7 +237,7 @@ def linear(
         launch = launch_of(pool, batch, name, x.stride(0), tokens, tile, bias=bias is not None)
         plan = batch.plans[shape] = _plan(x, pool, batch, name, launch)
     y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    plan(x, weight, x if bias is None else bias, y, layer)
+    plan(x, weight, skinny.aligned_bias(x, bias), y, layer)
     return y
 
 

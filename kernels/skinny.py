@@ -12,78 +12,26 @@ not measured, or lost, goes to torch.
 
 from __future__ import annotations
 
-from kernels.target import INTERPRETED, device_name, has_dependent_launch, processors  # isort: skip  (before triton)
+from kernels.target import INTERPRETED, has_dependent_launch, processors  # isort: skip  (before triton)
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
 
-from kernels.batch import LoraError
 from kernels.dependent import fetch, trigger, wait
-from kernels.launch import Launch, argument
+from kernels.launch import Launch, argument, room
+from kernels.linear_tiles import Tile, bucket_of, measured_tile
 from kernels.pointwise import silu_mul
-from kernels.tiles import FOLDER as TILES_FOLDER
 
-FOLDER = TILES_FOLDER / "linears"
-BUCKETS = (16, 32, 64)
-"""Rows of x are padded to the next of these."""
 BN = 64
 """Rows of W a program."""
 BK = 128
 """Columns of W in one step of a program's loop."""
 LINE = tl.constexpr(64)
 """16-bit numbers of a cache line."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """split: parts of the sum over K. stages: of the pipelined loop. held, fetched: blocks of W asked for before the wait,
-    up to 3 into registers and shared memory, or any number into L2. shared: 0, or programs a multiprocessor, which share all
-    blocks evenly; `split`, `held` and `fetched` then mean nothing. parts: of a branch's sum over K (`kernels.joined`)."""
-
-    split: int = 1
-    stages: int = 4
-    held: int = 0
-    shared: int = 0
-    parts: int = 0
-    fetched: int = 0
-
-
-Tiles = dict[tuple[int, int], dict[int, Tile | None]]
-"""(rows of W, K) -> bucket of rows -> the tile, None where torch's linear is as fast."""
-
-
-@cache
-def tiles(device: str, *, branched: bool = False) -> Tiles:
-    """The measured tiles of a device; none where `python -m kernels.skinny_bench --table` has not run.
-
-    branched: those of launches with LoRA branches. LoraError that names the file and the entry for one that is not a table.
-    """
-    path = FOLDER / f"{device}.json"
-    return load(path, branched=branched) if path.exists() else {}
-
-
-def load(path: Path, *, branched: bool = False) -> Tiles:
-    """The tiles of a table file; LoraError as `tiles`."""
-    found, place = {}, "the file"
-    try:
-        for number, entry in enumerate(json.loads(path.read_text())["entries"]):
-            place = f"entry {number}"
-            if entry["bucket"] not in BUCKETS:
-                raise ValueError(f"bucket {entry['bucket']!r} is not among {BUCKETS}")
-            tile = entry.get("branched") if branched else entry["tile"]
-            tile = tile and Tile(**tile)
-            found.setdefault((entry["columns"], entry["depth"]), {})[entry["bucket"]] = tile
-    except (KeyError, TypeError, ValueError) as error:
-        raise LoraError(f"{path}: {place}: {error!r}; delete it and run `python -m kernels.skinny_bench --table`") from error
-    return found
 
 
 @triton.jit
@@ -102,6 +50,7 @@ def _rows(at, live, k, i, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr)
 
 @triton.jit
 def dot(w, x, acc, IEEE: tl.constexpr):
+    """acc + w x in float32; true float32 products for float32 operands (tests), tensor cores otherwise."""
     return tl.dot(w, x, acc, input_precision="ieee" if IEEE else None)
 
 
@@ -128,7 +77,8 @@ def partial_sums(
         w2 = _weights(w_at, k, 2, K, BK, EVEN)
     if PDL:
         for i in tl.static_range(min(FETCHED, NK)):
-            fetch(w_rows[:, None] + (start + i * BK + tl.arange(0, BK // LINE) * LINE)[None, :])
+            lines = start + i * BK + tl.arange(0, BK // LINE) * LINE
+            fetch(w_rows[:, None] + tl.minimum(lines, K - 1)[None, :])  # a last part may have fewer columns, or none
         wait()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for i in tl.range(HELD, NK, num_stages=STAGES):
@@ -329,11 +279,6 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return run(x, weight, None, tile, gate=True) if tile else silu_mul(functional.linear(x, weight))
 
 
-def bucket_of(rows: int) -> int:
-    """What 1 to 64 rows are padded to."""
-    return next(bucket for bucket in BUCKETS if rows <= bucket)
-
-
 def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
     """None: torch's, for what the kernel does not take or was not measured with."""
     return measured_tile(len(x), *weight.shape, x.dtype) if fits(x, weight) else None
@@ -343,14 +288,15 @@ def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether the kernels can read them: on a GPU, of one type, rows that start on 16 bytes."""
     if not x.is_cuda or x.ndim != 2 or x.dtype != weight.dtype:
         return False
-    return x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    return aligned and x.stride(1) == 1 and weight.is_contiguous()
 
 
-def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, branched: bool = False) -> Tile | None:
-    """The tile for so many rows and W [columns, depth], if any beat torch (branched: two launches) on this device."""
-    if INTERPRETED or dtype is not torch.bfloat16 or not 0 < rows <= BUCKETS[-1]:
-        return None
-    return tiles(device_name(), branched=branched).get((columns, depth), {}).get(bucket_of(rows))
+def aligned_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The bias on 16 bytes, as the kernels read it; without one x, which nobody then reads as a bias."""
+    if bias is None:
+        return x
+    return bias.clone() if bias.data_ptr() % 16 else bias
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
@@ -363,7 +309,7 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: 
         launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias=bias is not None, gate=gate)
         plan = _PLANS[key] = _plan(x, columns, launch)
     y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
-    plan(x, weight, x if bias is None else bias, y)
+    plan(x, weight, aligned_bias(x, bias), y)
     return y
 
 
@@ -380,9 +326,9 @@ def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dt
     if tile.shared:
         programs = min(tile.shared * processors(), tiles * blocks)
         constants |= {"BLOCKS": tiles * blocks, "PROGRAMS": programs}
-        return Launch(few_rows_shared, (programs, 1), constants, types)
+        return Launch(few_rows_shared, (programs, 1), constants, types, shared_bytes=room(tile.residents, programs))
     constants |= {"SPLIT": tile.split, "HELD": min(tile.held, -(-depth // (tile.split * BK))), "FETCHED": tile.fetched}
-    return Launch(few_rows, (tile.split, tiles), constants, types)
+    return Launch(few_rows, (tile.split, tiles), constants, types, shared_bytes=room(tile.residents, tile.split * tiles))
 
 
 def _plan(x: torch.Tensor, columns: int, launch: Launch) -> Callable:

@@ -1,10 +1,11 @@
 """Times linear layers of few rows against torch's, every tile, as a decode step pays for them.
 
-A CUDA graph of calls over different weights (cold in L2), each behind the RMSNorm that makes its x; both are counted, and
-behind gate and up their SiLU gate, which ours computes itself. Layers that adapters touch are also timed with the branches
-of up to 16 adapters of rank 64: the linear and then the operator, and both in one launch. CSV to stdout, the fastest of a
-(shape, rows) first; torch's row has no tile. --table writes what `kernels.skinny` and `kernels.joined` look up. It knows
-shapes, no model's weights.
+A CUDA graph of calls over different weights and factors (cold in L2), each behind the RMSNorm that makes its x; both are
+counted, and behind gate and up their SiLU gate, which ours computes itself. Layers that adapters touch are also timed with
+the branches of up to 16 adapters of rank 64: the linear and then the operator, and both in one launch. A tile of which more
+programs fit on a multiprocessor than an even spread needs is timed with and without that room. CSV to stdout, the fastest
+of a (shape, rows) first; torch's row has no tile. --table writes what `kernels.linear_tiles` looks up. It knows shapes, no
+model's weights.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, fields
+from dataclasses import asdict, astuple, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,11 +28,14 @@ from torch.nn import functional
 from kernels import joined
 from kernels.atmm import atmm
 from kernels.batch import LoraBatch, LoraPool, Projection
+from kernels.launch import EVEN, Launch
+from kernels.linear_tiles import BUCKETS, Tile, bucket_of, load
 from kernels.measured import provenance
 from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
 from kernels.reference import reference
-from kernels.skinny import Tile, bucket_of, launch_of, load, run
+from kernels.skinny import launch_of, run
+from kernels.target import INTERPRETED
 from kernels.tiles import write_table
 from kernels.timing import COPY_TB_S
 
@@ -48,29 +52,45 @@ WIDTHS = {
 """Slices of the layers that adapters touch."""
 ADAPTERS, RANK = 16, 64
 GATES = tuple(shapes[2] for shapes in SHAPES.values())
-EARLY = ((0, 0), (2, 0), (3, 0), (0, 2), (0, 4))
-"""(held, fetched)."""
+PIPES = ((3, 0, 0), (3, 2, 0), (3, 3, 0), (3, 0, 2), (4, 0, 0), (4, 0, 2), (6, 0, 0), (6, 0, 2), (6, 0, 4))
+"""(stages, held, fetched); others were never the fastest on an H200 by more than 1 %."""
+SHARED = ((1, 6), (2, 4), (3, 3))
+"""(programs a multiprocessor, stages)."""
+PARTS = (1, 2, 3, 4, 8)
 COLD_BYTES = 128 << 20
+MOST_BYTES = 8 << 30
+"""Of weights and factors; a shape whose factors would take more than this to be cold repeats itself sooner."""
 TILE_FIELDS = tuple(field.name for field in fields(Tile))
 COLUMNS = ("columns", "depth", "rows", "branches", *TILE_FIELDS, "us", "floor_us", "error")
 TORCH = ("",) * len(TILE_FIELDS)
 
 
 def candidates(columns: int) -> list[Tile]:
-    """Tiles worth a try: sums are cut where the programs would be few."""
-    apart = [Tile(split, stages, held, 0, 0, fetched)
-             for split, stages, (held, fetched) in product(_splits(columns), (3, 4, 6), EARLY)]  # fmt: skip
-    return apart + [Tile(1, stages, 0, shared) for shared, stages in product((1, 2, 3), (3, 4, 6))]
+    """Tiles worth a try: sums are cut where the programs would be few, blocks shared where they are many."""
+    apart = [Tile(split, stages, held, fetched=fetched) for split in _splits(columns) for stages, held, fetched in PIPES]
+    return apart + [Tile(1, stages, shared=shared) for shared, stages in SHARED if columns > 8192]
 
 
-def branched_candidates(columns: int) -> list[Tile]:
-    """Tiles worth a try for a layer and its branches in one launch."""
-    return [Tile(split, stages, held, 0, parts, fetched)
-            for split, stages, parts, (held, fetched) in product(_splits(columns), (3, 4), (4, 8), ((0, 0), (3, 0), (0, 3)))]
+def branched_candidates(columns: int, bucket: int) -> list[Tile]:
+    """Tiles worth a try for a layer and its branches in one launch; held blocks leave no room where rows are many."""
+    held = (0, 3) if bucket == BUCKETS[0] else (0,)
+    return [Tile(*of, parts=parts) for of in product(_splits(columns), (3, 4), held) for parts in PARTS]
 
 
 def _splits(columns: int) -> tuple[int, ...]:
-    return (1,) if columns > 16384 else (1, 2) if columns > 8192 else (2, 4)
+    return (1,) if columns > 8192 else (2, 4)
+
+
+def spread(tiles: Sequence[Tile], launch: Callable[[Tile], Launch]) -> list[Tile]:
+    """The tiles, and each spread evenly where more of its programs would fit; without those that do not fit the device."""
+    found = list(tiles)
+    for tile in () if INTERPRETED else tiles:
+        even = replace(tile, residents=EVEN)
+        try:
+            found += [even] if launch(even).thins() else []
+        except triton.runtime.errors.OutOfResources:
+            found.remove(tile)
+    return found
 
 
 def precompile(columns: int, depth: int, tokens: int, branched: bool, *tile: int) -> None:
@@ -80,6 +100,13 @@ def precompile(columns: int, depth: int, tokens: int, branched: bool, *tile: int
         joined.launch_of(pool, batch, "p", depth, tokens, Tile(*tile)).compile()
     else:
         launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, gate=(columns, depth) in GATES).compile()
+
+
+def precompile_operator(columns: int, depth: int, rows: int) -> None:
+    """Compile what routes a step's rows and adds their branches, by a call."""
+    pool, batch = _adapters(columns, depth, rows, torch.bfloat16, "cuda", layers=1)
+    x, y = (torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda") for width in (depth, columns))
+    atmm(y, x, pool, batch, (0, "p"))
 
 
 def _adapters(columns: int, depth: int, rows: int, dtype: torch.dtype, device: str, layers: int
@@ -119,12 +146,21 @@ def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> flo
     return median(spans) / calls
 
 
+def layers_of(columns: int, depth: int, rows: int, itemsize: int) -> int:
+    """Layers over which weights, and the factors of so many rows' adapters if any, are cold, within MOST_BYTES."""
+    weights = columns * depth * itemsize
+    width = columns + depth * len(WIDTHS[columns, depth]) if rows else 0
+    factors = min(rows, ADAPTERS) * RANK * width * itemsize
+    cold = max(-(-COLD_BYTES // each) for each in (weights, factors) if each)
+    return max(2, min(cold, MOST_BYTES // (weights + factors)))
+
+
 def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: str = "cuda", dtype=torch.bfloat16,
                time_us: Callable = graph_us, branched: Sequence[Tile] = ()) -> list[dict]:
     """Every tile and torch on one shape, the fastest first; then, with branches, the fastest and the operator, and every
     tile of `branched`."""
     random = torch.Generator(device).manual_seed(0)
-    layers = max(2, -(-COLD_BYTES // (columns * depth * dtype.itemsize)))
+    layers = layers_of(columns, depth, rows if branched else 0, dtype.itemsize)
     weights = torch.empty(layers, columns, depth, dtype=dtype, device=device).normal_(0, depth**-0.5, generator=random)
     residual = torch.empty(rows, depth, dtype=dtype, device=device).normal_(generator=random)
     ones = torch.ones(depth, dtype=dtype, device=device)
@@ -155,6 +191,8 @@ def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: s
         return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
 
     truth = functional.linear(made().float(), weights[0].float())
+    known = (columns, depth, depth, bucket_of(rows))
+    tiles = spread(tiles, lambda tile: launch_of(*known, tile, dtype, gate=gate))
     plainly = [(tile, partial(plain, tile)) for tile in (None, *tiles)]
     measured = timed(plainly, silu_mul(truth) if gate else truth, "", floor)
     if not branched:
@@ -174,6 +212,7 @@ def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: s
     truth = reference(truth, made(), pool, batch, (0, "p"))
     floor += (pool.a["p"][0].nbytes + pool.b["p"][0].nbytes) / COPY_TB_S / 1e6
     measured += timed([(fastest, in_turn)], truth, "in turn", floor)
+    branched = spread(branched, lambda tile: joined.launch_of(pool, batch, "p", depth, bucket_of(rows), tile))
     return measured + timed([(tile, partial(together, tile)) for tile in branched], truth, "joined", floor)
 
 
@@ -184,32 +223,47 @@ def tile_of(row: dict) -> Tile | None:
 
 
 def entries_of(rows: list[dict]) -> list[dict]:
-    """Table entries of one shape's measured rows: a bucket's tile has the least sum of times over its numbers of rows."""
+    """Table entries of one shape's measured rows.
+
+    A bucket's tile has the least sum, over its numbers of rows, of its times as shares of torch's, so that many rows count
+    no more than few. With branches each number of rows has a tile of its own, for as many programs as its adapters have.
+    """
     found = []
     for bucket in sorted({bucket_of(row["rows"]) for row in rows}):
         here = [row for row in rows if bucket_of(row["rows"]) == bucket]
-        counts = sorted({row["rows"] for row in here})
-        torch_us, tile, us = _least([row for row in here if row["branches"] == ""], [None])
-        entry = {"columns": rows[0]["columns"], "depth": rows[0]["depth"], "bucket": bucket, "rows": counts, "us": us,
-                 "torch_us": torch_us, "tile": asdict(tile) if sum(us) < sum(torch_us) else None}  # fmt: skip
-        in_turn = [float(row["us"]) for row in sorted(here, key=lambda row: row["rows"]) if row["branches"] == "in turn"]
+        times = {each: _times([row for row in here if row["branches"] == each]) for each in ("", "in turn", "joined")}
+        torchs = times[""].pop(None)
+        shares = {tile: [us / torchs[count] for count, us in each.items()] for tile, each in times[""].items()
+                  if each.keys() == torchs.keys()}  # fmt: skip
+        best = min(shares, key=lambda tile: sum(shares[tile]))
+        entry = {
+            "columns": here[0]["columns"], "depth": here[0]["depth"], "bucket": bucket, "rows": [*torchs],
+            "us": [*times[""][best].values()], "torch_us": [*torchs.values()],
+            "tile": asdict(best) if sum(shares[best]) < len(torchs) else None,
+        }  # fmt: skip
+        in_turn = {count: us for each in times["in turn"].values() for count, us in each.items()}
         if in_turn:
-            _, tile, us = _least([row for row in here if row["branches"] == "joined"], [])
-            entry |= {"branched_us": us, "in_turn_us": in_turn, "branched": asdict(tile) if sum(us) < sum(in_turn) else None}
+            joint = times["joined"]
+            fastest = {}
+            for count in torchs:
+                here_us = {tile: us[count] for tile, us in joint.items() if count in us}
+                fastest[count] = min(here_us, key=here_us.get)
+            entry |= {
+                "branched_us": [joint[tile][count] for count, tile in fastest.items()],
+                "in_turn_us": [in_turn[count] for count in torchs],
+                "branched": {count: asdict(tile) if joint[tile][count] < in_turn[count] else None
+                             for count, tile in fastest.items()},
+            }  # fmt: skip
         found.append(entry)
     return found
 
 
-def _least(rows: list[dict], apart: list[None]) -> tuple[list[float], Tile, list[float]]:
-    """(times of what is kept apart, the tile whose times over all numbers of rows have the least sum, those times)."""
-    times: dict[Tile | None, dict[int, float]] = {}
-    for row in rows:
-        times.setdefault(tile_of(row), {})[row["rows"]] = float(row["us"])
-    kept = [us for key in apart for _, us in sorted(times.pop(key).items())]
-    most = max(len(each) for each in times.values())
-    whole = {tile: [us for _, us in sorted(each.items())] for tile, each in times.items() if len(each) == most}
-    best = min(whole, key=lambda tile: sum(whole[tile]))
-    return kept, best, whole[best]
+def _times(rows: list[dict]) -> dict[Tile | None, dict[int, float]]:
+    """Tile (None: torch's) -> number of rows, ascending -> microseconds."""
+    found: dict[Tile | None, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["rows"]):
+        found.setdefault(tile_of(row), {})[row["rows"]] = float(row["us"])
+    return found
 
 
 def write(path: Path, origin: dict, entries: list[dict]) -> None:
@@ -224,9 +278,10 @@ def write(path: Path, origin: dict, entries: list[dict]) -> None:
             origin = origin | {"note": f"{len(kept)} of {len(kept) + len(entries)} entries are of {old['date']}"}
     what = (
         "fastest tile of each linear and bucket of rows, null where torch's linear is as fast; us and torch_us: one call of "
-        "so many rows in a CUDA graph, weights cold in L2, behind the small kernel that makes its x, both counted, for gate "
-        "and up the SiLU gate too; branched: fastest tile of layer and branches, of min(rows, 16) adapters of rank 64, in "
-        "one launch, null where the layer and then the operator is as fast (in_turn_us)"
+        "so many rows in a CUDA graph, weights and factors cold in L2, behind the small kernel that makes its x, both "
+        "counted, for gate and up the SiLU gate too; branched: by number of rows the fastest tile of layer and branches, of "
+        "min(rows, 16) adapters of rank 64, in one launch (branched_us), null where the layer and then the operator is as "
+        "fast (in_turn_us)"
     )
     write_table(path, origin | {"what": what}, kept + entries)
 
@@ -242,18 +297,21 @@ def main(arguments: list[str]) -> int:
         return 1
     shapes = list(dict.fromkeys(shape for model in args.models for shape in SHAPES[model]))
     buckets = sorted({bucket_of(rows) for rows in args.rows})
+    touched = [shape for shape in shapes if shape in WIDTHS]
     in_parallel(precompile, [
-        (*shape, tokens, branched, *astuple(tile))
-        for shape in shapes for tokens in buckets for branched in (False, True)[: 1 + (shape in WIDTHS)]
-        for tile in (branched_candidates if branched else candidates)(shape[0])
+        *((*shape, tokens, False, *astuple(tile))
+          for shape in shapes for tokens in buckets for tile in candidates(shape[0])),
+        *((*shape, tokens, True, *astuple(tile))
+          for shape in touched for tokens in buckets for tile in branched_candidates(shape[0], tokens)),
     ])  # fmt: skip
+    in_parallel(precompile_operator, [(*shape, rows) for shape in touched for rows in args.rows])
     origin = provenance(f"python -m kernels.skinny_bench {' '.join(arguments)}".rstrip())
     print("\n".join(f"# {key}: {value}" for key, value in origin.items()), ",".join(COLUMNS), sep="\n")
     entries = []
     for columns, depth in shapes:
         measured = []
         for rows in args.rows:
-            branched = branched_candidates(columns) if (columns, depth) in WIDTHS else ()
+            branched = branched_candidates(columns, bucket_of(rows)) if (columns, depth) in WIDTHS else ()
             measured += shape_rows(columns, depth, rows, candidates(columns), branched=branched)
             print("\n".join(",".join(map(str, row.values())) for row in measured if row["rows"] == rows), flush=True)
         entries += entries_of(measured)

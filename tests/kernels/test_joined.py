@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import interpreter_builder
 
 from kernels import atmm as operator
 from kernels import joined, skinny
 from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
-from kernels.launch import Launch
+from kernels.launch import EVEN, Launch
+from kernels.linear_tiles import Tile
 from kernels.pointwise import add_rms_norm
 from kernels.reference import reference, relative_error
-from kernels.skinny import Tile
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,6 +113,39 @@ def test_one_adapter_that_is_not_a_number_touches_no_other_row(pool):
     assert not y[[0, 2]].isnan().any()
 
 
+@interpreted
+def test_nothing_before_a_pool_is_read(monkeypatch, pool):
+    """Rows of the base model owe a folded adapter's branch and have none of their own, neither rank nor rows of the pool."""
+    batch = LoraBatch(pool, 16)
+    batch.update(np.array([-1, 2, 0]), 2)
+    guarded = torch.full((pool.a["o"].numel() + 4096,), float("nan"), dtype=DTYPE)
+    behind = guarded[4096:].view_as(pool.a["o"]).copy_(pool.a["o"])
+    monkeypatch.setitem(pool.a, "o", behind)
+    read, load = [], interpreter_builder.create_masked_load
+
+    def recording(pointers, mask, *rest):
+        read.append(pointers.data[mask.data])
+        return load(pointers, mask, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", recording)
+    x, w, b = operands(pool, "o", 3)
+    y = joined.linear(x, w, b, pool, batch, (0, "o"), Tile(1, 3, parts=2))
+    assert error(y, x, w, b, pool, batch, (0, "o")) < 1e-5
+    addresses = np.concatenate([each.ravel() for each in read])
+    assert (addresses == behind.data_ptr()).any()
+    assert not ((addresses >= guarded.data_ptr()) & (addresses < behind.data_ptr())).any()
+
+
+def test_only_as_many_programs_fit_as_the_grid_needs(monkeypatch, pool):
+    asked = []
+    monkeypatch.setattr(joined, "room", lambda residents, programs: asked.append((residents, programs)) or 4096)
+    batch = LoraBatch(pool, 16)
+    batch.update(np.array([0, 1, 2, 3]))  # three slices of 128 ranks, in two chunks and two parts
+    launch = joined.launch_of(pool, batch, "qkv", 320, 16, Tile(1, 3, parts=2, residents=EVEN))
+    assert (asked, launch.grid, launch.shared_bytes) == ([(EVEN, 4 * 3 * 2 * 2 + 4)], (52, 1), 4096)
+    assert launch.code == joined.launch_of(pool, batch, "qkv", 320, 16, Tile(1, 3, parts=2)).code
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels launched, in order."""
@@ -168,6 +202,8 @@ def test_what_does_not_fit_is_refused_before_it_is_launched(pool):
     x, w, _ = operands(pool, "o", 3)
     with pytest.raises(LoraError, match="do not fit"):
         joined.linear(x, w[:, :64], None, pool, batch, (0, "o"), tile)
+    with pytest.raises(LoraError, match="65 rows"):
+        joined.linear(x.new_zeros(65, 512), w, None, pool, batch, (0, "o"), tile)
     joined.linear(x, w, None, pool, batch, (0, "o"), tile)
     with pytest.raises(LoraError, match="no projection"):
         joined.linear(x, w, None, pool, batch, (2, "o"), tile)

@@ -1,5 +1,6 @@
 """Launching without a GPU: a stand-in for the compiled kernel shows what is launched."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -46,6 +47,45 @@ def test_a_bound_launch_passes_grid_stream_arguments_and_constants(launched):
     launch.bind(torch.device("cuda"))(1, 2, 3, 4, 5, 16, 32, 4)
     how = (4, 8, 1, 99, 7, False, True, None, None, (4, 1, 0), None, None, None)
     assert launched == [(*how, 1, 2, 3, 4, 5, 16, 32, 4, *launch.constants.values())]
+
+
+@pytest.mark.parametrize(
+    ("need", "asked", "given"),
+    [
+        (60_000, 0, 60_000), (60_000, 50_000, 60_000), (60_000, 115_712, 115_712), (49_153, 232_448, 232_448),
+        (49_152, 232_448, 49_152), (1_000, 30_000, 30_000), (0, 0, 0),
+    ],
+    ids=["nothing asked", "less than it needs", "more", "all", "a kernel that may not have more", "as much as any may have",
+         "none"],
+)  # fmt: skip
+def test_shared_memory_is_what_was_asked_for_and_never_less_than_needed(monkeypatch, launched, need, asked, given):
+    launch = replace(shrink_of(SHAPE, Tiling(split=4)), shared_bytes=asked)
+    compile_it = Launch.compile
+
+    def compiled(launch):
+        return SimpleNamespace(**vars(compile_it(launch)) | {"packed_metadata": (4, 1, need)})
+
+    monkeypatch.setattr(Launch, "compile", compiled)
+    launch.bind(torch.device("cuda"))(1)
+    assert [call[9] for call in launched] == [(4, 1, given)]
+    monkeypatch.setattr(launching, "_most_bytes", lambda: 227 << 10)
+    assert launch.thins() == ((228 << 10) // (given + 1024) < (228 << 10) // (need + 1024))
+
+
+def test_room_is_an_equal_share_of_a_multiprocessor(monkeypatch):
+    monkeypatch.setattr(launching, "INTERPRETED", True)
+    assert launching.room(2, 288) == 0, "the interpreter has no shared memory"
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    monkeypatch.setattr(launching, "processors", lambda: 132)
+    monkeypatch.setattr(launching, "_most_bytes", lambda: 227 << 10)
+    assert launching.room(0, 288) == 0
+    for residents in range(1, 17):
+        taken = launching.room(residents, 288) + launching.KEPT_BYTES
+        assert (228 << 10) // taken == residents
+        assert taken % 128 == 0, "shared memory is given in units of 128 bytes"
+    for programs, residents in ((1, 1), (132, 1), (133, 2), (264, 2), (265, 3), (288, 3)):
+        assert launching.room(launching.EVEN, programs) == launching.room(residents, programs)
+    assert launching.room(300, 288) == 0, "no share is left"
 
 
 def test_unequal_shares_take_a_tiling_of_their_own(monkeypatch, launched):

@@ -1,23 +1,27 @@
 """Linear layers of few rows against torch: every form of the kernel, and which calls go to it."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import interpreter_builder
 
 from kernels import launch as launching
-from kernels import skinny, skinny_bench
+from kernels import linear_tiles, skinny, skinny_bench
 from kernels.batch import LoraError
+from kernels.launch import EVEN
+from kernels.linear_tiles import BUCKETS, Tile
 from kernels.pointwise import silu_mul
-from kernels.skinny import Tile, gated, linear, run
+from kernels.skinny import gated, linear, run
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
-TABLE_FILES = sorted(skinny.FOLDER.glob("*.json"))
-TABLES = {shape: buckets for path in TABLE_FILES for shape, buckets in skinny.load(path).items()}
-BRANCHED = {shape: buckets for path in TABLE_FILES for shape, buckets in skinny.load(path, branched=True).items()}
+TABLE_FILES = sorted(linear_tiles.FOLDER.glob("*.json"))
+TABLES = {shape: buckets for path in TABLE_FILES for shape, buckets in linear_tiles.load(path).items()}
+BRANCHED = {shape: rows for path in TABLE_FILES for shape, rows in linear_tiles.load(path, branched=True).items()}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -96,7 +100,7 @@ def test_without_a_gpu_torch_computes():
 
 def test_every_measured_tile_is_of_a_shape_that_the_kernel_takes():
     for (columns, depth), buckets in TABLES.items():
-        assert tuple(buckets) == skinny.BUCKETS
+        assert tuple(buckets) == BUCKETS
         assert depth % 8 == columns % 16 == 0
         for tile in filter(None, buckets.values()):
             blocks = -(-depth // (tile.split * skinny.BK))
@@ -110,9 +114,12 @@ def test_a_shipped_table_says_where_it_comes_from_and_keeps_what_is_faster(path)
     assert {"device", "date", "versions", "command", "what"} <= set(table)
     for entry in table["entries"]:
         assert len(entry["rows"]) == len(entry["us"]) == len(entry["torch_us"])
-        assert (sum(entry["us"]) < sum(entry["torch_us"])) == (entry["tile"] is not None), entry
+        shares = [us / torch_us for us, torch_us in zip(entry["us"], entry["torch_us"], strict=True)]
+        assert (sum(shares) < len(shares)) == (entry["tile"] is not None), entry
         if "branched" in entry:
-            assert (sum(entry["branched_us"]) < sum(entry["in_turn_us"])) == (entry["branched"] is not None), entry
+            faster = [us < in_turn for us, in_turn in zip(entry["branched_us"], entry["in_turn_us"], strict=True)]
+            assert dict(zip(map(str, entry["rows"]), faster, strict=True)) == {
+                rows: tile is not None for rows, tile in entry["branched"].items()}, entry  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -121,37 +128,78 @@ def test_a_shipped_table_says_where_it_comes_from_and_keeps_what_is_faster(path)
         ("{", "the file: JSONDecodeError"), ("{}", "the file: KeyError('entries')"),
         ('{"entries": [{"columns": 64, "depth": 64, "bucket": 7, "tile": null}]}', "entry 0: .*7 is not among"),
         ('{"entries": [{"columns": 64, "depth": 64, "bucket": 16, "tile": {"width": 1}}]}', "entry 0: .*width"),
+        ('{"entries": [{"columns": 64, "depth": 64, "bucket": 16, "branched": {"17": null}}]}', "entry 0: .*17.* bucket 16"),
+        ('{"entries": [{"columns": 64, "depth": 64, "bucket": 16, "branched": {"few": null}}]}', "entry 0: .*few"),
+        ('{"entries": [{"columns": 64, "depth": 64, "bucket": 16, "branched": [1]}]}', "entry 0: AttributeError"),
     ],
-    ids=["no JSON", "no table", "a bucket that is none", "an unknown field"],
+    ids=["no JSON", "no table", "a bucket that is none", "an unknown field", "rows of another bucket",
+         "rows that are no number", "tiles of no rows"],
 )  # fmt: skip
 def test_a_file_that_is_no_table_is_named(tmp_path, monkeypatch, text, says):
-    monkeypatch.setattr(skinny, "FOLDER", tmp_path)
+    monkeypatch.setattr(linear_tiles, "FOLDER", tmp_path)
     (tmp_path / "a-gpu.json").write_text(text)
     with pytest.raises(LoraError, match=says.replace("(", r"\(").replace(")", r"\)")):
-        skinny.tiles.__wrapped__("a-gpu")
-    assert skinny.tiles.__wrapped__("another") == {}
+        linear_tiles.tiles.__wrapped__("a-gpu", branched="branched" in text)
+    assert linear_tiles.tiles.__wrapped__("another") == {}
+
+
+def test_rows_between_two_measured_numbers_take_the_tile_of_the_larger(monkeypatch):
+    known = {1: Tile(1), 8: Tile(2), 32: None, 64: Tile(4)}
+    monkeypatch.setattr(linear_tiles, "INTERPRETED", False)
+    monkeypatch.setattr(linear_tiles, "device_name", lambda: "a-gpu")
+    monkeypatch.setattr(linear_tiles, "tiles", lambda device, branched: {(64, 512): known} if branched else {})
+    found = {rows: linear_tiles.measured_tile(rows, 64, 512, torch.bfloat16, branched=True) for rows in (1, 2, 8, 9, 17, 33)}
+    assert found == {1: Tile(1), 2: Tile(2), 8: Tile(2), 9: None, 17: None, 33: Tile(4)}, "9: none of its bucket is as large"
+    assert linear_tiles.measured_tile(2, 64, 512, torch.bfloat16) is None
+    assert linear_tiles.measured_tile(65, 64, 512, torch.bfloat16, branched=True) is None
+    with pytest.raises(LoraError, match=r"65 rows: .* 1 to 64"):
+        linear_tiles.bucket_of(65)
+
+
+def measured(columns, times, branches=""):
+    """Rows of the bench, in disorder."""
+    return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, branches, *tile, us, "1.0", "1e-6"), strict=True))
+            for count, tile, us in sorted(times, key=str)]  # fmt: skip
 
 
 def test_the_bench_writes_what_is_looked_up_and_keeps_other_shapes(tmp_path):
-    def rows(columns, times, branches=""):
-        return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, branches, *tile, us, "1.0", "1e-6"), strict=True))
-                for count, tile, us in times]  # fmt: skip
-
-    torchs, first, second, third = skinny_bench.TORCH, (2, 3, 1, 0, 0, 0), (1, 4, 0, 2, 0, 0), (2, 3, 0, 0, 4, 3)
-    ours = rows(64, [(1, first, "1.0"), (1, second, "1.5"), (1, torchs, "2.0"),
-                     (16, first, "3.0"), (16, second, "2.0"), (16, torchs, "2.5"), (32, first, "3.0"), (32, torchs, "2.0")])
-    ours += rows(64, [(1, first, "4.0"), (16, second, "6.0"), (32, torchs, "3.0")], "in turn")
-    ours += rows(64, [(1, third, "3.0"), (16, third, "6.0"), (32, third, "3.5")], "joined")
+    torchs, first, second = skinny_bench.TORCH, (2, 3, 1, 0, 0, 0, 0), (1, 4, 0, 2, 0, 0, EVEN)
+    third, fourth = (2, 3, 0, 0, 4, 3, 0), (2, 3, 0, 0, 8, 0, EVEN)
+    ours = measured(64, [(1, first, "1.0"), (1, second, "1.5"), (1, torchs, "2.0"), (16, first, "30.0"),
+                         (16, second, "26.0"), (16, torchs, "25.0"), (32, first, "3.0"), (32, torchs, "2.0")])  # fmt: skip
+    ours += measured(64, [(1, first, "4.0"), (16, second, "6.0"), (32, torchs, "3.0")], "in turn")
+    ours += measured(64, [(1, third, "3.0"), (16, third, "6.5"), (1, fourth, "3.5"), (16, fourth, "5.5"),
+                         (32, third, "3.5")], "joined")  # fmt: skip
     origin = {"device": "a GPU", "date": "2026-01-01", "versions": "v", "command": "c"}
     path = tmp_path / "linears.json"
     skinny_bench.write(path, origin, skinny_bench.entries_of(ours))
-    assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}}
-    assert skinny.load(path, branched=True) == {(64, 512): {16: Tile(*third), 32: None}}
-    again = rows(128, [(1, first, "1.0"), (1, torchs, "2.0")])
+    found = {(64, 512): {16: Tile(*first), 32: None}}
+    assert linear_tiles.load(path) == found, "1 / 2 + 30 / 25 is less than 1.5 / 2 + 26 / 25"
+    assert linear_tiles.load(path, branched=True) == {(64, 512): {1: Tile(*third), 16: Tile(*fourth), 32: None}}
+    assert [entry.get("branched_us") for entry in json.loads(path.read_text())["entries"]] == [[3.0, 5.5], [3.5]]
+    again = measured(128, [(1, second, "1.0"), (1, torchs, "2.0")])
     skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(again))
-    assert skinny.load(path) == {(64, 512): {16: Tile(*second), 32: None}, (128, 512): {16: Tile(*first)}}
-    assert skinny.load(path, branched=True)[128, 512] == {16: None}
+    assert linear_tiles.load(path) == found | {(128, 512): {16: Tile(*second)}}
+    assert linear_tiles.load(path, branched=True)[128, 512] == {}
     assert json.loads(path.read_text())["note"] == "2 of 3 entries are of 2026-01-01"
+
+
+def test_many_rows_count_no_more_than_few():
+    torchs, first, second = skinny_bench.TORCH, (2, 3, 0, 0, 0, 0, 0), (1, 3, 0, 0, 0, 0, 0)
+    times = [(1, torchs, "10"), (1, first, "8"), (1, second, "9.5"), (16, torchs, "40"), (16, first, "39"),
+             (16, second, "36")]  # fmt: skip
+    (entry,) = skinny_bench.entries_of(measured(64, times))
+    assert (entry["us"], entry["tile"]["split"]) == ([8.0, 39.0], 2), "0.80 + 0.975 < 0.95 + 0.90, though 47 > 45.5"
+
+
+def test_layers_are_enough_for_the_factors_to_be_cold():
+    per_layer = {"weights": 12288 * 4096 * 2, "factors of one": 64 * (3 * 4096 + 12288) * 2}
+    assert skinny_bench.layers_of(12288, 4096, 0, 2) == 2
+    assert skinny_bench.layers_of(12288, 4096, 1, 2) == -(-(128 << 20) // per_layer["factors of one"]) == 43
+    assert skinny_bench.layers_of(12288, 4096, 16, 2) == 3
+    for shape in skinny_bench.WIDTHS:
+        layers = skinny_bench.layers_of(*shape, 1, 2)
+        assert layers * 2 * (shape[0] * shape[1] + 64 * (len(skinny_bench.WIDTHS[shape]) * shape[1] + shape[0])) <= 8 << 30
 
 
 @interpreted
@@ -183,36 +231,94 @@ def test_the_bench_times_branches_behind_the_linear_and_in_it(monkeypatch):
 
 def test_the_bench_tries_what_the_table_holds():
     for (columns, _), buckets in TABLES.items():
-        assert set(filter(None, buckets.values())) <= set(skinny_bench.candidates(columns))
-    for (columns, _), buckets in BRANCHED.items():
-        assert set(filter(None, buckets.values())) <= set(skinny_bench.branched_candidates(columns))
+        assert {replace(tile, residents=0) for tile in buckets.values() if tile} <= set(skinny_bench.candidates(columns))
+        assert {tile.residents for tile in buckets.values() if tile} <= {0, EVEN}
+    for (columns, _), numbers in BRANCHED.items():
+        for rows, tile in numbers.items():
+            tried = skinny_bench.branched_candidates(columns, linear_tiles.bucket_of(rows))
+            assert tile is None or replace(tile, residents=0) in tried
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    """What is launched: [(grid, arguments)], with a stand-in for the compiled kernel."""
-    seen = []
-    device = SimpleNamespace(index=0)
+    """What is launched: [(grid, shared bytes, arguments)], with a stand-in for compiled kernels that need 60 KB each."""
+    seen, need = [], 60 << 10
     compiled = SimpleNamespace(
-        function=7, packed_metadata=(4, 1, 0), _init_handles=lambda: None,
-        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True, launch=lambda *a: seen.append((a[:3], a[13:]))),
+        function=7, packed_metadata=(4, 1, need), _init_handles=lambda: None,
+        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True,
+                            launch=lambda *a: seen.append((a[:3], a[9][2], a[13:]))),
     )  # fmt: skip
     monkeypatch.setattr(launching.Launch, "compile", lambda launch: compiled)
     monkeypatch.setattr(launching, "INTERPRETED", False)
     monkeypatch.setattr(launching, "_LOADED", {})
+    monkeypatch.setattr(launching, "_most_bytes", lambda: 227 << 10)
+    monkeypatch.setattr(launching, "processors", lambda: 132)
+    monkeypatch.setattr(skinny_bench, "INTERPRETED", False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 99, raising=False)
     monkeypatch.setattr(skinny, "_PLANS", {})
-    return SimpleNamespace(seen=seen, device=device)
+    return SimpleNamespace(seen=seen, need=need)
 
 
 def test_a_launch_passes_every_argument_of_the_kernel(on_a_gpu):
     x, w, b = operands(5, 4096, 512, torch.float16)
     run(x, w, b, Tile(4, 3, 3))
-    ((grid, arguments),) = on_a_gpu.seen
-    assert grid == (4, 64, 1)
+    ((grid, shared, arguments),) = on_a_gpu.seen
+    assert (grid, shared) == ((4, 64, 1), on_a_gpu.need)
     assert len(arguments) == len(skinny.few_rows.arg_names)
     named = dict(zip(skinny.few_rows.arg_names, arguments, strict=True))
     assert (named["rows"], named["columns"], named["TOKENS"], named["HELD"]) == (5, 4096, 16, 1)
+
+
+@pytest.mark.parametrize(
+    ("tile", "fit"),
+    [
+        (Tile(), 3), (Tile(residents=1), 1), (Tile(residents=2), 2), (Tile(residents=3), 3), (Tile(residents=9), 3),
+        (Tile(residents=EVEN), 1), (Tile(4, residents=EVEN), 2), (Tile(8, residents=EVEN), 3), (Tile(16, residents=EVEN), 3),
+        (Tile(shared=2, residents=EVEN), 1),
+    ],
+    ids=["whatever fits", "one", "two", "three", "more than fit", "64 programs", "256 programs", "512 programs",
+         "1,024 programs", "no more blocks than programs"],
+)  # fmt: skip
+def test_no_more_programs_fit_than_are_to_be_resident(on_a_gpu, tile, fit):
+    x, w, _ = operands(1, 4096, 256, torch.float16, bias=False)
+    run(x, w, None, tile)
+    ((_, shared, _),) = on_a_gpu.seen
+    assert on_a_gpu.need <= shared <= 227 << 10
+    assert (228 << 10) // (shared + 1024) == fit
+
+
+def test_tiles_that_differ_in_residents_share_a_kernel_and_no_counters(on_a_gpu):
+    x, w, _ = operands(1, 4096, 512, torch.float16, bias=False)
+    launches = [skinny.launch_of(4096, 512, 512, 16, Tile(2, residents=residents), x.dtype) for residents in (0, 1, EVEN)]
+    assert len({launch.code for launch in launches}) == 1
+    assert [launch.shared_bytes for launch in launches] == [0, 227 << 10, 227 << 10]
+    for residents in (0, 1):
+        run(x, w, None, Tile(2, residents=residents))
+    first, second = (dict(zip(skinny.few_rows.arg_names, arguments, strict=True)) for _, _, arguments in on_a_gpu.seen)
+    assert first["counters"] != second["counters"]
+
+
+def test_the_bench_spreads_the_tiles_of_which_more_would_fit(on_a_gpu, monkeypatch):
+    of_programs = {48: Tile(2), 96: Tile(4), 192: Tile(8), 384: Tile(16)}  # 60 KB: three fit a multiprocessor, 396 in all
+    tiles = [*of_programs.values()]
+    found = skinny_bench.spread(tiles, lambda tile: skinny.launch_of(1536, 4096, 4096, 16, tile, torch.float16))
+    assert found == tiles + [replace(of_programs[programs], residents=EVEN) for programs in (48, 96, 192)]
+
+    def refuse(launch):
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(launching.Launch, "load", refuse)
+    assert skinny_bench.spread(tiles, lambda tile: skinny.launch_of(1536, 4096, 4096, 16, tile, torch.float16)) == []
+
+
+@interpreted
+def test_a_bias_that_starts_anywhere_is_read_right():
+    x, w, b = operands(3, 64, 256, torch.float32)
+    odd = torch.cat([b[:1], b])[1:]
+    assert odd.data_ptr() % 16
+    assert torch.equal(run(x, w, odd, Tile(2)), run(x, w, b, Tile(2)))
+    assert skinny.aligned_bias(x, odd).data_ptr() % 16 == 0
+    assert skinny.aligned_bias(x, b) is b
 
 
 @cuda
@@ -226,6 +332,8 @@ def test_measured_shapes_on_the_gpu(columns, depth, rows):
         once = run(x, w, b, tile)
         assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
         assert all(torch.equal(run(x, w, b, tile), once) for _ in range(5))
+    for tile in (Tile(2, 3, residents=residents) for residents in (EVEN, 1, 2)):
+        assert torch.equal(run(x, w, b, tile), run(x, w, b, Tile(2, 3)))
     for shared in (1, 2, 3):
         once = run(x, w, b, Tile(1, 3, 0, shared))
         assert error(once, x, w, b) < TOLERANCE[torch.bfloat16]
