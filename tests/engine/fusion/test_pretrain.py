@@ -73,7 +73,7 @@ def test_what_is_taught_aside_is_learnt():
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.2 * losses[0]
     unknown = aside.patches(features, torch.full_like(kinds, pretrain.UNKNOWN), boxes)
-    assert float(unknown) == 0.0
+    assert unknown.item() == 0.0
 
 
 def test_lessons_point_at_one_thing_and_keep_clips_apart():
