@@ -3,6 +3,9 @@
 Decode steps by CUDA graph for each kind of branch beside the floor of the bytes that they must read, prefills, the vision
 tower, and an adapter's load while decoding. Contexts are made up (random keys), lengths real. Microseconds of the GPU by
 events; the median of the repeats. It measures the engine as `replay` runs it, not the parts by themselves.
+
+Tokens are drawn at random, each request's its own: rows that are all alike draw less power, and at its limit of power the
+GPU then keeps a higher clock than any real prompt gives it.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
 from engine.build import Engine, build, find_adapters
@@ -26,7 +28,6 @@ from engine.graphs import BRANCHED, KINDS, MIXED, PLAIN
 from engine.models import Model, random_model
 from engine.options import TARGETS
 from engine.peft_baseline import peft_step_us
-from engine.prompts import Prompt
 from engine.replay import EngineConfig
 from engine.sequence import Decodes
 from engine.sequence import Sequence as Served
@@ -84,11 +85,12 @@ class Bench:
             self.runner.lora.installed(adapter)
 
     def served(self, number: int, kv: int, tokens: int, adapter: int) -> Served:
-        """A sequence with `kv` tokens in the cache and `tokens` more to compute."""
-        ids = np.full(kv + tokens, 7, np.int32)
-        sequence = Served(Request(number, 0, kv + tokens, 1, adapter), Prompt(ids), self.model.shape, None)
+        """A sequence with `kv` tokens in the cache and `tokens` more to compute, the last of which a decode step takes."""
+        request = Request(number, 0, kv + tokens, 1, adapter)
+        sequence = Served(request, self.runner.made_up.prompt(request), self.model.shape, None)
         sequence.table, sequence.kv, sequence.row = PageTable([]), kv, number
         self.runner.cache.extend(sequence.table, kv + tokens)
+        self.runner.last_tokens[number].fill_(int(sequence.prompt.ids[-1]))
         return sequence
 
     def release(self, sequences: Sequence[Served]) -> None:
