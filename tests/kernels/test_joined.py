@@ -223,7 +223,7 @@ def test_a_graph_of_joined_layers_equals_launches_that_wait_for_each_other():
     weights = {name: [torch.randn(p.d_out, 4096, generator=random, device="cuda").bfloat16() / 64 for _ in range(6)]
                for name, p in projections.items()}  # fmt: skip
     ones = torch.ones(4096, dtype=torch.bfloat16, device="cuda")
-    tiles = {"qkv": Tile(1, 3, parts=4), "o": Tile(2, 4, parts=8, fetched=3)}
+    tiles = {"qkv": Tile(1, 3, parts=4), "o": Tile(2, 4, parts=8, fetched=3, residents=EVEN)}
     for rows, merged in itertools.product((1, 8, 32, 64), (-1, 2)):
         batch = LoraBatch(pool, rows)
         batch.fix(rows, min(rows, 16), 64)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.errors import OutOfResources
 
 from kernels import atmm as operator
@@ -70,6 +71,13 @@ def test_shared_memory_is_what_was_asked_for_and_never_less_than_needed(monkeypa
     assert [call[9] for call in launched] == [(4, 1, given)]
     monkeypatch.setattr(launching, "_most_bytes", lambda: 227 << 10)
     assert launch.thins() == ((228 << 10) // (given + 1024) < (228 << 10) // (need + 1024))
+
+
+def test_triton_packs_what_a_launch_takes_apart():
+    packed = CUDABackend.pack_metadata(None, SimpleNamespace(num_warps=4, num_ctas=1, shared=60_000))
+    assert packed == (4, 1, 60_000)
+    assert replace(shrink_of(SHAPE, Tiling()), shared_bytes=70_000)._metadata(SimpleNamespace(packed_metadata=packed)) == (
+        4, 1, 70_000)  # fmt: skip
 
 
 def test_room_is_an_equal_share_of_a_multiprocessor(monkeypatch):
