@@ -229,6 +229,31 @@ def test_the_bench_times_branches_behind_the_linear_and_in_it(monkeypatch):
     assert all(float(row["error"]) < 1e-5 for row in rows)
 
 
+def test_the_bench_compiles_ahead_what_it_times(monkeypatch, tmp_path, capsys):
+    ahead, timed = {}, set()
+
+    def compile_ahead(work, jobs):
+        ahead[work.__name__] = jobs
+
+    def time_them(columns, depth, rows, tiles, branched=()):
+        bucket = linear_tiles.bucket_of(rows)
+        timed.update((columns, depth, bucket, False, *vars(tile).values()) for tile in tiles)
+        timed.update((columns, depth, bucket, True, *vars(tile).values()) for tile in branched)
+        return measured(columns, [(rows, (1, 3, 0, 0, 0, 0, 0), "1.0"), (rows, skinny_bench.TORCH, "2.0")])
+
+    monkeypatch.setattr(skinny_bench, "in_parallel", compile_ahead)
+    monkeypatch.setattr(skinny_bench, "shape_rows", time_them)
+    monkeypatch.setattr(skinny_bench, "provenance", lambda command: {"device": "a GPU", "date": "2026-01-01"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    table = tmp_path / "linears.json"
+    assert skinny_bench.main(["--models", "llava-7b", "--rows", "1", "8", "32", "--table", str(table)]) == 0
+    assert len(ahead["precompile"]) == len(timed) == 2 * (12 + 18 + 12 + 18) + 20 + 40 + 10 + 20
+    assert set(ahead["precompile"]) == timed
+    assert ahead["precompile_operator"] == [(*shape, rows) for shape in ((12288, 4096), (4096, 4096)) for rows in (1, 8, 32)]
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 4 * 3 * 2
+    assert {tile for buckets in linear_tiles.load(table).values() for tile in buckets.values()} == {Tile(1, 3)}
+
+
 def test_the_bench_tries_what_the_table_holds():
     for (columns, _), buckets in TABLES.items():
         assert {replace(tile, residents=0) for tile in buckets.values() if tile} <= set(skinny_bench.candidates(columns))
