@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.lora import Lora
-from engine.peft_format import EFFECT, AdapterWeights
+from engine.peft_format import EFFECT, AdapterError, AdapterWeights
 from kernels.batch import RANK_ALIGN, LoraError, Projection
 
 
@@ -57,7 +57,10 @@ def _parted(data: torch.Tensor, pieces: Pieces) -> list[tuple[str, str, torch.Te
 
 def packed(weights: AdapterWeights, projections: dict[str, Projection], layers: int, dtype: torch.dtype, *,
            pinned: bool) -> HostAdapter:
-    """The host copy of an adapter for a pool of these projections, zeros where it has no factors."""
+    """The host copy of an adapter for a pool of these projections, zeros where it has no factors.
+
+    AdapterError for a value that `dtype` cannot hold: as an infinite one it would reach other requests' rows.
+    """
     pieces = _pieces(projections, layers, weights.rank)
     data = torch.zeros(sum(torch.Size(size).numel() for _, _, size in pieces), dtype=dtype, pin_memory=pinned)
     parts = {(name, half): view for name, half, view in _parted(data, pieces)}
@@ -66,6 +69,8 @@ def packed(weights: AdapterWeights, projections: dict[str, Projection], layers: 
         start = sum(widths[:number])
         parts[projection, "a"][layer, number, : len(a)] = a
         parts[projection, "b"][layer, : len(a), start : start + widths[number]] = b.T
+    if not bool(torch.isfinite(data).all()):
+        raise AdapterError(f"adapter {weights.name!r}: has values beyond the range of {str(dtype).removeprefix('torch.')}")
     return HostAdapter(weights.name, weights.rank, weights.scale, weights.digest, data)
 
 

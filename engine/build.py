@@ -82,12 +82,13 @@ def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[st
         try:
             weights = read_adapter(root, adapter.name, shape, targets, adapter.rank)
             head = read_head(folder_of(root, adapter.name), shape)
+            host = packed(weights, projections, shape.layers, model.dtype, pinned=pinned)
         except (AdapterError, HeadError) as error:
             found.reasons[adapter.name] = str(error)
             found.hosts.append(None)
             found.heads.append(None)
             continue
-        found.hosts.append(packed(weights, projections, shape.layers, model.dtype, pinned=pinned))
+        found.hosts.append(host)
         found.heads.append(head)
     return found
 

@@ -9,6 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from engine.adapters import packed  # noqa: E402
+from engine.decoder import ALL_LINEAR, projections_of  # noqa: E402
 from engine.peft_format import AdapterError, folder_of, random_adapter, read_adapter, write_adapter  # noqa: E402
 
 TARGETS = ("qkv", "o", "gate_up", "down")
@@ -141,6 +143,16 @@ def test_weights_that_do_not_fit_are_refused(root, shape, change, words):
     change_weights(root, change)
     with pytest.raises(AdapterError, match=words):
         read_adapter(root, "good", shape)
+
+
+def test_values_that_the_engine_s_type_cannot_hold_are_refused(root, shape):
+    """Finite in the file's float32, infinite in 16 bit."""
+    change_weights(root, with_key(PREFIX + "self_attn.q_proj.lora_B.weight", torch.full((64, 4), 1e5)))
+    weights = read_adapter(root, "good", shape)
+    projections = projections_of(shape, ALL_LINEAR)
+    packed(weights, projections, shape.layers, torch.bfloat16, pinned=False)
+    with pytest.raises(AdapterError, match=r"adapter 'good': .* beyond the range of float16"):
+        packed(weights, projections, shape.layers, torch.float16, pinned=False)
 
 
 def test_projections_outside_the_targets_are_refused(root, shape):
