@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from engine.models import Model
+from engine.prompts import FIRST_TOKEN
 from traces.record import STATUS, RunResult, summarize
 from traces.request import Trace
 
@@ -50,7 +51,9 @@ def peft_times(model: Model, *, context: int, ranks: list[int], asked: list[int]
         wrapped.add_adapter(f"a{number}", config(rank))
     wrapped.to(model.dtype).eval()
     names = [f"a{number}" if number >= 0 else BASE for number in asked]
-    ids = torch.full((len(asked), context), 7, device=model.device)
+    top = min(model.shape.vocab, model.shape.image_token_id)
+    drawn = np.random.default_rng(0).integers(FIRST_TOKEN, top, (len(asked), context))  # rows alike would draw less power
+    ids = torch.from_numpy(drawn).to(model.device)
     options = {"use_cache": True, "adapter_names": names, "logits_to_keep": 1}
     cache, took = None, []
     with torch.inference_mode():
