@@ -52,7 +52,7 @@ def peft_times(model: Model, *, context: int, ranks: list[int], asked: list[int]
     wrapped.to(model.dtype).eval()
     names = [f"a{number}" if number >= 0 else BASE for number in asked]
     top = min(model.shape.vocab, model.shape.image_token_id)
-    drawn = np.random.default_rng(0).integers(FIRST_TOKEN, top, (len(asked), context))  # rows alike would draw less power
+    drawn = np.random.default_rng(0).integers(FIRST_TOKEN, top, (len(asked), context))  # as in `step_bench`
     ids = torch.from_numpy(drawn).to(model.device)
     options = {"use_cache": True, "adapter_names": names, "logits_to_keep": 1}
     cache, took = None, []

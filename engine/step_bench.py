@@ -4,8 +4,8 @@ Decode steps by CUDA graph for each kind of branch beside the floor of the bytes
 tower, and an adapter's load while decoding. Contexts are made up (random keys), lengths real. Microseconds of the GPU by
 events; the median of the repeats. It measures the engine as `replay` runs it, not the parts by themselves.
 
-Tokens are drawn at random, each request's its own: rows that are all alike draw less power, and at its limit of power the
-GPU then keeps a higher clock than any real prompt gives it.
+Tokens are drawn at random, each request's its own: no real prompt has rows that are all alike, and arithmetic on them may
+draw less power, so that a GPU at its limit of power would keep a higher clock.
 """
 
 from __future__ import annotations
