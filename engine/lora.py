@@ -53,6 +53,7 @@ class Lora:
             projections_of(shape, targets), layers=shape.layers, slots=max(1, slots), rows=max(RANK_ALIGN, rows),
             dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
+        self._biased = ("qkv",) if decoder.layers[0].qkv_bias is not None else ()  # the other linears have none
         self._moved: set[int] = set()  # adapters that lie elsewhere than the switch believes
         padded = {padded_rank(adapter.rank) for adapter in adapters}
         self._ranks = sorted(padded)
@@ -146,7 +147,7 @@ class Lora:
 
         known = [batch for batch in batches if (self._mixture_op if batch.merged >= 0 else self._op) is atmm.atmm]
         launches = [launch for batch in known for name in self.pool.projections
-                    for launch in atmm.launches(self.pool, batch, name)]  # fmt: skip
+                    for launch in atmm.launches(self.pool, batch, name, bias=name in self._biased)]  # fmt: skip
         precompile.make_ready(launches)
 
     def warm(self, *, mixture: bool, graphs: bool = False) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.models import Model
-from engine.prompts import FIRST_TOKEN
+from engine.prompts import random_text
 from traces.record import STATUS, RunResult, summarize
 from traces.request import Trace
 
@@ -51,9 +51,8 @@ def peft_times(model: Model, *, context: int, ranks: list[int], asked: list[int]
         wrapped.add_adapter(f"a{number}", config(rank))
     wrapped.to(model.dtype).eval()
     names = [f"a{number}" if number >= 0 else BASE for number in asked]
-    top = min(model.shape.vocab, model.shape.image_token_id)
-    drawn = np.random.default_rng(0).integers(FIRST_TOKEN, top, (len(asked), context))  # as in `step_bench`
-    ids = torch.from_numpy(drawn).to(model.device)
+    ids = random_text(model.shape, np.random.default_rng(0), (len(asked), context))  # as in `step_bench`
+    ids = torch.from_numpy(ids).long().to(model.device)
     options = {"use_cache": True, "adapter_names": names, "logits_to_keep": 1}
     cache, took = None, []
     with torch.inference_mode():

@@ -46,14 +46,18 @@ class Prompt:
     images: list[int | torch.Tensor] = field(default_factory=list)
 
 
+def random_text(shape: ModelShape, rng: np.random.Generator, size: int | tuple[int, ...]) -> np.ndarray:
+    """Ids int32 of text at random: the image token and the marks above it never stand in text."""
+    return rng.integers(FIRST_TOKEN, min(shape.vocab, shape.image_token_id), size, dtype=np.int32)
+
+
 class MadeUp:
     """Prompts and pixels for the requests of a trace. The pixels lie on `device` in the model's type."""
 
     def __init__(self, shape: ModelShape, seed: int, *, dtype: torch.dtype, device: torch.device):
         self._shape = shape
         rng = np.random.default_rng(seed)
-        top = min(shape.vocab, shape.image_token_id)  # the image token and the marks above it never stand in text
-        tokens = rng.integers(FIRST_TOKEN, top, TOKEN_BLOCK, dtype=np.int32)
+        tokens = random_text(shape, rng, TOKEN_BLOCK)
         self._tokens = np.concatenate([tokens, tokens])
         pixels = rng.standard_normal(IMAGE_BLOCK * torch.Size(shape.pixels).numel(), np.float32)
         self._pixels = torch.from_numpy(pixels).to(device, dtype)

@@ -130,13 +130,13 @@ def _shape(pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int]
     return shape, partial(resolve, shape, **known)
 
 
-def launches(pool: LoraPool, batch: LoraBatch, name: str) -> list[Launch]:
+def launches(pool: LoraPool, batch: LoraBatch, name: str, *, bias: bool = False) -> list[Launch]:
     """What `linear` over `batch` will launch for a projection whose x and y are contiguous, to be compiled ahead of it."""
     projection = pool.projections[name]
     tile = joined.measured_tile(batch.tokens, pool, batch, name)
     if tile:
         tokens = skinny.bucket_of(batch.tokens)
-        return [joined.launch_of(pool, batch, name, projection.d_in, tokens, tile, bias=bias) for bias in (False, True)]
+        return [joined.launch_of(pool, batch, name, projection.d_in, tokens, tile, bias=bias)]
     shape, make = _shape(pool, batch, name, (projection.d_in, projection.d_out))
     return make(fitting(lookup(shape.rounded()), shape.d_in, mixture=batch.merged >= 0))
 

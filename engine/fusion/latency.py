@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -195,11 +195,27 @@ def run(args: argparse.Namespace) -> int:
             raise DomainError(f"--model {args.model!r}: there are {', '.join(MODELS)}; or name a result with --fused")
         model = load_model(args.model, dtype=dtype, device=device, seed=0)
         cases = [made_up(model, args.requests, args.tokens)]
-    report = {"model": describe_model(model), "device": describe_device(model.device), "cases": compare(model, cases)}
-    if args.out:
-        replace_text(Path(args.out), json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(render(report))
+    tell(model, {"cases": compare(model, cases)}, render, args.out)
     return 0
+
+
+def tell(model: Model, found: dict, table: Callable[[dict], str], out: str | None) -> None:
+    """Print what was found of a model, as `table` renders it; out: a file for the same as JSON."""
+    report = {"model": describe_model(model), "device": describe_device(model.device), **found}
+    if out:
+        replace_text(Path(out), json.dumps(report, indent=1) + "\n")
+    sys.stdout.write(table(report))
+
+
+def command(parser: SuggestingParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
+    """Run what measures a model's requests, with --device and --out beside its own options; the exit code."""
+    parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        return parser.error(str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,13 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--model", metavar="NAME", help=f"random weights of one of {', '.join(MODELS)}")
     add("--requests", type=count, default=32, metavar="N", help="of each domain (default 32)")
     add("--tokens", type=count, default=VIDEO_TOKENS, metavar="N", help=f"of a made-up answer (default {VIDEO_TOKENS})")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add("--out", metavar="FILE", help="also write the figures as JSON")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        return parser.error(str(error))
+    return command(parser, run, argv)
 
 
 if __name__ == "__main__":

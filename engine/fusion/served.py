@@ -25,7 +25,7 @@ from engine.clock import WallClock
 from engine.decoder import Decoder
 from engine.fusion.domains import Domain, DomainError, load_domains
 from engine.fusion.evaluate import ROOM, predict
-from engine.fusion.latency import prompt_of
+from engine.fusion.latency import command, prompt_of, tell
 from engine.fusion.merged import merge_heads
 from engine.fusion.metrics import Box, score
 from engine.fusion.task_heads import NAMES_FILE, Head, corners_of
@@ -37,13 +37,12 @@ from engine.options import TARGETS
 from engine.prompts import Prompt
 from engine.replay import Driver, EngineConfig
 from engine.runner import Answer
-from engine.serve import describe_device, describe_model, warm_up
+from engine.serve import warm_up
 from policies import make_policy
 from policies.view import Limits
 from traces.options import count
 from traces.request import Adapter, Trace
 from traces.suggest import SuggestingParser
-from traces.whole_file import replace_text
 
 SEATS, STEP_TOKENS = 64, 8192
 """Requests in a batch, and tokens of a step."""
@@ -205,11 +204,7 @@ def run(args: argparse.Namespace) -> int:
     bench = open_workbench(folder / "base", domains, rank=told["r"], alpha=told["lora_alpha"], dropout=0.0, device=device)
     model = load_model(str(folder / "base"), dtype=bench.model.dtype, device=device, seed=0)
     rows = check(model, bench, packing, folder / "adapters", args.policy)
-    report = {"model": describe_model(model), "device": describe_device(model.device), "policy": args.policy,
-              "domains": rows}  # fmt: skip
-    if args.out:
-        replace_text(Path(args.out), json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(render(report))
+    tell(model, {"policy": args.policy, "domains": rows}, render, args.out)
     return 0
 
 
@@ -220,13 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--fused", metavar="DIR", required=True, help="output of `fuse demo`")
     add("--requests", type=count, default=256, metavar="N", help="held-out examples of each domain (default 256)")
     add("--policy", choices=WITHOUT_COSTS, default="fcfs", help="that serves them (default fcfs)")
-    add("--device", help="cuda or cpu (default: cuda if there is one)")
-    add("--out", metavar="FILE", help="also write the figures as JSON")
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        return parser.error(str(error))
+    return command(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def test_what_was_measured_to_be_faster_is_one_launch(monkeypatch, pool, launche
     assert error(y, x, w, b, pool, batch, (0, "o")) < 1e-5
     assert launched == order
     if tile and batch.adapters:
-        compiled = {launch.code for launch in operator.launches(pool, batch, "o")}
+        compiled = {launch.code for launch in operator.launches(pool, batch, "o", bias=True)}
         assert joined.launch_of(pool, batch, "o", x.stride(0), 16, tile, bias=True).code in compiled
 
 
