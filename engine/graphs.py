@@ -78,6 +78,10 @@ class StepGraphs:
                 if (kind, bucket) not in self._graphs and (sizes is None or bucket in sizes):
                     self._graphs[kind, bucket] = self._capture(kind, bucket)
 
+    def forget(self, kind: int, bucket: int) -> None:
+        """Drop a graph, if there is one; `capture` makes it anew, with what is then the fastest."""
+        self._graphs.pop((kind, bucket), None)
+
     def serves(self, mode: int, size: int) -> bool:
         """True if a step of so many requests (decodes) or tokens (with prompts) in this mode has a graph."""
         return 0 < size <= self.buckets[-1] and (self._kind(mode), self._bucket(size)) in self._graphs
@@ -98,7 +102,7 @@ class StepGraphs:
         """The LoRA side of a graph, made for any adapters."""
         if kind == PLAIN:
             return None, None
-        batch = _batch(self._lora, kind, bucket, self._expected)
+        batch = empty_batch(self._lora, kind, bucket, self._expected)
         return batch, self._lora.bound(batch, mixture=kind == MIXED)
 
     def _update(self, captured: Captured, kind: int, merged: int, adapters: np.ndarray, bucket: int) -> None:
@@ -241,10 +245,10 @@ def compile_branches(lora: Lora, kinds: tuple[int, ...], *, max_batch: int, max_
     the compiling processes want some of the GPU's."""
     sizes = [(bucket, None) for bucket in buckets_up_to(max_batch)]
     sizes += [(bucket, GROUPS) for bucket in token_buckets_up_to(max_tokens)]
-    lora.compile([_batch(lora, kind, *size) for kind in kinds if kind != PLAIN for size in sizes])
+    lora.compile([empty_batch(lora, kind, *size) for kind in kinds if kind != PLAIN for size in sizes])
 
 
-def _batch(lora: Lora, kind: int, bucket: int, expected: int | None) -> LoraBatch:
+def empty_batch(lora: Lora, kind: int, bucket: int, expected: int | None) -> LoraBatch:
     """A batch of no adapter's rows in the largest shape that a bucket may have."""
     batch = LoraBatch(lora.pool, bucket)
     groups = min(bucket, lora.pool.slots + 1)

@@ -232,19 +232,24 @@ def measure(model: Model, args: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m engine.step_bench", description="Time the engine's steps on this GPU.")
+def options(parser: argparse.ArgumentParser) -> None:
+    """What a Bench takes."""
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--model", default="llava-1.5-7b")
-    parser.add_argument("--out", metavar="FILE", help="JSON record (default: stdout)")
-    parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 64])
-    parser.add_argument("--prefills", type=numbers, default=[1024, 4096, 8192])
+    parser.add_argument("--batches", type=numbers, default=[1, 8, 32, 64], help="requests of a decode step")
+    parser.add_argument("--prefills", type=numbers, default=[1024, 4096, 8192], help="tokens of a step of prompts")
     parser.add_argument("--context", type=int, default=1000)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--ranks", type=numbers, default=[64])
     parser.add_argument("--targets", choices=TARGETS, default="attention")
-    parser.add_argument("--peft", action="store_true", help="a decode step of transformers and PEFT as well, at last")
     parser.add_argument("--repeats", type=int, default=30)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m engine.step_bench", description="Time the engine's steps on this GPU.")
+    options(parser)
+    parser.add_argument("--out", metavar="FILE", help="JSON record (default: stdout)")
+    parser.add_argument("--peft", action="store_true", help="a decode step of transformers and PEFT as well, at last")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU; these figures are of one")
