@@ -33,7 +33,7 @@ from policies.pool import Pool
 from policies.profile import Profile
 from traces.request import Adapter
 
-RESERVE_BYTES = 3 << 30
+RESERVE_BYTES = 6 << 30
 """Left free on a GPU for libraries' workspaces, graphs and the allocator's fragments."""
 CPU_PAGES = 1024
 RANDOM_CLASSES = 101
@@ -219,7 +219,8 @@ def _pages(model: Model, page_bytes: int, config: EngineConfig) -> int:
     _tidy()
     shape = model.shape
     row = 4 * shape.hidden + 3 * shape.intermediate + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    step = config.limits.max_batch_tokens * row * model.dtype.itemsize + 2 * config.limits.max_context * page_bytes
+    step = config.limits.max_batch_tokens * row * model.dtype.itemsize
+    step += config.limits.max_context * page_bytes // config.page_tokens  # a context's keys and values
     free, _ = torch.cuda.mem_get_info(model.device)
     pages = int((free - step - RESERVE_BYTES) * config.memory_share) // page_bytes
     if pages < 1:

@@ -11,6 +11,7 @@ from collections import deque
 from typing import Protocol
 
 from engine.runner import Runner
+from policies.boost import GpuClock
 from policies.cost import Cost
 from policies.plan import Work
 
@@ -93,7 +94,8 @@ class MockedClock:
         self._now_ps = 0
         self._end_ps = -1  # of the last step
         self._started = 0  # copies since the last lease began
-        self._slow_ps = 0  # what each step of the lease takes longer because of a copy
+        self._slow_ps = 0  # what each step of the lease takes longer because of a copy or the clock
+        self._clock = GpuClock(cost.profile.boost)
         self._link_free_ps = 0
         self._loads: deque[tuple[int, int]] = deque()  # (end, adapter)
 
@@ -129,7 +131,9 @@ class MockedClock:
             if self._loads and cost.profile.load_slowdown:
                 self._slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - self._now_ps)
             idle = self._end_ps != self._now_ps
-            self._now_ps += cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
+            self._now_ps += cost.lease_ps(work, self._started, idle=idle)
+            if work.prefills:
+                self._slow_ps += self._clock.extra_ps(cost, work, self._now_ps)
             self._started = 0
         self._now_ps += cost.step_ps(work, number, self._slow_ps)
         self._end_ps = self._now_ps

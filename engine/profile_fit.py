@@ -1,4 +1,4 @@
-"""From rows of measurements to the tables of a profile: differences of whole steps, and two small least-squares fits.
+"""From rows of measurements to the tables of a profile: differences of whole steps, and a few small least-squares fits.
 
 The tables add up to the steps that were measured: what is told apart (attention, LoRA) is the difference to a step without
 it. Graphs pad a step to a bucket, so `linear` is a stair, written with a point at either end of each step. Chunks longer
@@ -10,21 +10,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
+from engine.profile_boost import Step, fit
 from engine.profile_parts import Row
+from policies.boost import factor_at
 from policies.cost import Cost
 from policies.plan import Work
-from policies.profile import LEASE_PARTS, Profile, ProfileError, parse_profile
+from policies.profile import LEASE_PARTS, Boost, Profile, ProfileError, parse_profile
 from traces.request import Adapter
 
 PADDED = ("vllm", "dlora", "grouped")
 """Operators that compute every adapter of a batch at its largest rank."""
 ANY = 999_999
 """Adapters up to which a mixture has one curve: it is timed with as many as there are."""
+MANY, DEARER = 1024, 1.1
+CLOCK_ROUNDS = 3
+"""After which neither changes by more than a clock tells."""
 QUADRATIC_AT = (1, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 
 Points = list[list[float]]
@@ -34,8 +40,9 @@ class UnfinishedError(ValueError):
     """Rows that do not make a profile yet. The message names the parts that are missing."""
 
 
-def tables(rows: Mapping[str, Row], facts: Mapping) -> dict:
-    """The profile as JSON-able data, without what the host costs. facts: the header of the rows. Raises UnfinishedError."""
+def tables(rows: Mapping[str, Row], facts: Mapping, clock: Boost | None = None) -> dict:
+    """The profile as JSON-able data, without what the host costs. facts: the header of the rows. clock: what is known of the
+    GPU's. Raises UnfinishedError."""
     by: dict[str, list[Row]] = {}
     for row in rows.values():
         by.setdefault(row["what"], []).append(row)
@@ -49,15 +56,16 @@ def tables(rows: Mapping[str, Row], facts: Mapping) -> dict:
     prefill = {row["work"][4]: row["us"] for row in by["prefill"]}
     after = {tokens: max(us - none(tokens), 0.0) for tokens, us in prefill.items()}
     stairs = bool(facts["stairs"])
+    decode = decode_attention(by["attention"], by["linear"])
     data = {
         "linear": steps_of(linear, stairs),
         "prefill_linear": steps_of(after, stairs),
-        "decode_attention": decode_attention(by["attention"], by["linear"]),
+        "decode_attention": decode,
         "prefill_attention": prefill_attention(by.get("extend", []), prefill, none, stairs),
-        "mixed_attention": mixed_attention(by.get("mixed", []), steps_of(after, stairs), none),
+        "mixed_attention": mixed_attention(by.get("mixed", []), steps_of(after, stairs), none, decode, clock),
         "vision": sorted([row["images"], row["us"]] for row in by["vision"]),
         "output": [[1, 0.0]],
-        "lora": lora(rows, linear),
+        "lora": lora(rows, linear, clock),
         "switch": switches(by.get("switch", []), facts),
         **loads(by["load"]),
         "scatter": {what: scatter_of(found) for what, found in sorted(behind(by).items()) if found},
@@ -169,18 +177,35 @@ def at(points: Points, x: float) -> float:
     return float(np.interp(x, xs, ys))
 
 
-def mixed_attention(rows: list[Row], linear: Points, none) -> dict[str, Points]:
-    """As `decode_attention`, in steps that have a chunk as well."""
+def mixed_attention(rows: list[Row], linear: Points, none, decode: Mapping[str, Points], clock: Boost | None
+                    ) -> dict[str, Points]:  # fmt: skip
+    """As `decode_attention`, in steps that have a chunk as well. Contexts that memory did not hold are filled in from it."""
     table: dict[int, Points] = {}
     for row in rows:
         chunks = row["work"][3]
         tokens = row["requests"] + sum(t for t, _ in chunks)
-        left = row["us"] - at(linear, tokens) - sum(none(t) for t, _ in chunks)
-        table.setdefault(row["requests"], []).append([row["context"], max(left, 0.0)])
+        hard = at(linear, tokens) + sum(none(t) for t, _ in chunks)
+        table.setdefault(row["requests"], []).append([row["context"], beside(row["us"], hard, tokens, clock)])
+    alone = sorted((int(batch), points) for batch, points in decode.items())
+    for batch, points in table.items():
+        last, us = max(points)
+        likely = next((points for most, points in alone if most >= batch), alone[-1][1])
+        points += [[context, us + at(likely, context) - at(likely, last)] for context, _ in likely if context > last]
     return {str(batch): rising(points) for batch, points in sorted(table.items())}
 
 
-def lora(rows: Mapping[str, Row], linear: Mapping[int, float]) -> dict[str, dict]:
+def beside(us: float, hard: float, tokens: int, clock: Boost | None) -> float:
+    """What a step of prompts takes beside its products of matrices, which by themselves, one behind another, take `hard` us.
+
+    Beside something else that is less hard on the GPU the clock is higher, so they take less than that.
+    """
+    if clock and us > 0:
+        rested, settled = (factor_at(points, tokens) for points in (clock.rested, clock.settled))
+        hard *= (rested + (settled - rested) * min(1.0, hard / us)) / settled
+    return max(us - hard, 0.0)
+
+
+def lora(rows: Mapping[str, Row], linear: Mapping[int, float], clock: Boost | None) -> dict[str, dict]:
     """Operator -> phase -> rank -> adapters -> points: what a step takes longer than the same without its branch."""
     raw: dict[str, dict] = {}
     for key, row in rows.items():
@@ -189,19 +214,32 @@ def lora(rows: Mapping[str, Row], linear: Mapping[int, float]) -> dict[str, dict
         work = work_of(row["work"])
         operator, rank = (key.split()[1:3]) if row["what"] == "lora" else ("atmm", key.split()[1])
         phase = ("mixture_" if row["what"] == "mixture" else "") + ("prefill" if work.prefills else "decode")
-        base = linear[work.decodes] if not work.prefills else row["plain_us"]
+        if work.prefills:
+            branch = beside(row["us"], row["plain_us"], work.prefill_tokens, clock)
+        else:
+            branch = max(row["us"] - linear[work.decodes], 0.0)
         adapters = work.adapters if row["what"] == "lora" else ANY
         ranks = raw.setdefault(operator, {}).setdefault(phase, {}).setdefault(rank, {})
-        ranks.setdefault(adapters, []).append([work.lora_tokens, max(row["us"] - base, 0.0)])
+        ranks.setdefault(adapters, []).append([work.lora_tokens, branch])
     for operator, phases in list(raw.items()):
         if not {"decode", "prefill"} <= phases.keys():
             del raw[operator]
             continue
         for ranks in phases.values():
             for rank, by_adapters in ranks.items():
-                ranks[rank] = {str(n): sorted(points) for n, points in sorted(by_adapters.items())}
+                ranks[rank] = {str(n): capped(sorted(points)) for n, points in sorted(by_adapters.items())}
         phases["pads"] = operator in PADDED
     return raw
+
+
+def capped(points: Points) -> Points:
+    """Points of a branch, in which a row costs at most DEARER more than at the size before, once there are MANY: what a step
+    took longer than that is its clock's, which fell meanwhile."""
+    found = points[:1]
+    for x, y in points[1:]:
+        before, us = found[-1]
+        found.append([x, min(y, DEARER * us * x / before)] if before >= MANY else [x, y])
+    return found
 
 
 def switches(rows: list[Row], facts: Mapping) -> dict[str, Points]:
@@ -240,28 +278,52 @@ def rounded(value):
 
 
 # -- what the host costs, and how good the tables are --------------------------------------------------------------------
-def host(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...], *, hidden: bool) -> dict:
+def host(rows: Mapping[str, Row], *, hidden: bool) -> dict:
     """lease_us, decide_us and the hidden part of a step. hidden: the GPU runs while the host prepares the next step."""
-    cost = cost_of(profile, adapters)
-    left, right, decide = [], [], {}
+    before, after, decide = [], [], {}
     for row in rows.values():
         if row["what"] != "host":
             continue
         decide[row["policy"]] = row["decide"]["us"]
         for lease in row["leases"]:
             work = work_of(lease["work"])
-            if work.switch_rank:
+            if not lease["known"]:
                 continue
-            gpu = lease["own_us"] if lease["own_us"] and not work.prefills else cost.step_ps(work) / 1e6
-            left.append([1, work.decodes, len(work.prefills), work.images, lease["loads"], lease["idle"]])
-            right.append(lease["lead_us"] - gpu - row["decide"]["us"])
-    found = robust(left, right) if left else [0.0] * 6
-    data = {"lease_us": dict(zip(LEASE_PARTS, found, strict=True)), "decide_us": decide}
+            before.append(([1, lease["idle"]], lease["gap_us"]))
+            if not work.images and not work.switch_rank:  # else the GPU has something to do meanwhile
+                prompts = len(work.prefills)
+                parts = [1, lease["loads"], work.decodes, prompts > 0, prompts]
+                after.append((parts, lease["host_us"] - row["decide"]["us"]))
+    found = dict.fromkeys(LEASE_PARTS, 0.0)
+    for names, samples in (("base", "wake"), before), (("launch", "load", "request", "prompts", "chunk"), after):
+        if samples:
+            found |= dict(zip(names, robust(*map(list, zip(*samples, strict=True))), strict=True))
+    data = {"lease_us": found, "decide_us": decide}
     if hidden:
         steps = [(row["requests"], row["host_us"]) for row in rows.values() if row["what"] == "linear"]
         base, request = non_negative([[1, n] for n, _ in steps], [us for _, us in steps])
         data |= {"host_step_us": base, "host_request_us": request}
     return rounded(data)
+
+
+def clock_of(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...]) -> Boost | None:
+    """What the replays that timed the host tell of the GPU's clock under load, if they have enough to tell."""
+    replays = []
+    for row in rows.values():
+        if row["what"] != "host" or row["operator"] not in profile.lora:
+            continue
+        cost = Cost(profile, row["operator"], "fused", adapters)
+        replay = []
+        for lease in row["leases"]:
+            work = work_of(lease["work"])
+            if work.prefills:
+                hard, rest = cost.forward_ps(work)
+                began = lease["start_us"] + lease["host_us"] + lease["vision_us"]
+                replay.append(Step(began, lease["forward_us"], work.decodes + work.prefill_tokens, hard / 1e6, rest / 1e6,
+                                   lease["vision_us"], cost.fixed(work)[2] / 1e6))  # fmt: skip
+        replays.append(replay)
+    found = fit(replays)
+    return found and found[0]
 
 
 def robust(left: list[list[float]], right: list[float]) -> list[float]:
@@ -302,7 +364,11 @@ def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: 
     adapters = tuple(Adapter(f"a{i}", facts["rank"]) for i in range(facts["adapters"]))
     parse = lambda: parse_profile(path, json.dumps(data).encode())  # noqa: E731
     try:
-        data |= host(rows, parse(), adapters, hidden=bool(facts["steps_ahead"]))
+        data |= host(rows, hidden=bool(facts["steps_ahead"]))
+        for _ in range(CLOCK_ROUNDS if facts["steps_ahead"] else 0):  # tables tell of the clock, and the clock of tables
+            clock = clock_of(rows, parse(), adapters)
+            if clock:
+                data |= tables(rows, facts, clock) | {"boost": asdict(clock)}
         steps = checked(rows, parse(), adapters)
         if steps:
             ratios = [measured / predicted for _, measured, predicted in steps]

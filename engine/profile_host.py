@@ -1,14 +1,12 @@
-"""What the host costs: short real replays of made-up traffic, whose leases tell what passes between them.
+"""What the host costs, and what serving does to the GPU's clock: short real replays of made-up traffic, lease by lease.
 
-A boundary is what the first step of a lease takes longer, from the end of the lease before, than the GPU needs for it. The
-traffic is made up and no trace: prompts, images, arrivals while others decode, quiet seconds. It measures; `profile_fit`
-takes the GPU's part away.
+The traffic is made up and no trace: prompts, images, arrivals while others decode, prompts a little apart, quiet seconds. It
+measures; `profile_fit` makes of it what a boundary costs, `profile_boost` how the clock settles.
 """
 
 from __future__ import annotations
 
 import time
-from statistics import median
 
 import numpy as np
 
@@ -23,10 +21,11 @@ from policies.journal import result
 from policies.plan import Plan, Work
 from policies.recorded import leases
 from policies.view import View
+from traces.record import RunResult
 from traces.request import Adapter, Trace
 
-BUSY, QUIET = 48, 8
-"""Requests while others decode, and one by one with nothing to do between them."""
+BUSY, APART, QUIET = 48, 32, 8
+"""Requests while others decode, some time apart, and one by one with nothing to do between them."""
 
 
 class Watched:
@@ -48,15 +47,18 @@ class Watched:
 
 
 def traffic(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...], busy_s: float, quiet_s: float) -> Trace:
-    """BUSY requests over `busy_s` seconds, then QUIET of them `quiet_s` seconds apart."""
+    """BUSY requests over `busy_s` seconds, APART over twice that, then QUIET of them `quiet_s` seconds apart."""
     rng = np.random.default_rng(7)
-    shape, n = engine.runner.model.shape, BUSY + QUIET
+    shape, n = engine.runner.model.shape, BUSY + APART + QUIET
     longest = min(600, config.limits.max_context // 3)
     prompt = rng.integers(min(16, longest - 1), longest, n)
     images = np.where((np.arange(n) % 3 == 0) & (shape.image_tokens + 8 <= config.limits.max_context // 2), 1, 0)
     prompt = np.where(images > 0, np.maximum(shape.image_tokens + 8, 16), prompt)
     output = rng.integers(4, min(48, config.limits.max_context // 4), n)
-    arrival = np.concatenate([np.sort(rng.uniform(0, busy_s, BUSY)), 2 * busy_s + quiet_s * np.arange(1, QUIET + 1)])
+    prompt[BUSY:-QUIET] = rng.integers(min(16, longest - 1), min(2 * longest, config.limits.max_batch_tokens) + 1, APART)
+    images[BUSY:] *= prompt[BUSY:] > shape.image_tokens
+    arrival = np.concatenate([np.sort(rng.uniform(0, busy_s, BUSY)), np.sort(rng.uniform(2 * busy_s, 4 * busy_s, APART)),
+                              4 * busy_s + quiet_s * np.arange(1, QUIET + 1)])  # fmt: skip
     arrival[: BUSY // 4] = 0
     output[BUSY:] = 3
     adapter = (np.arange(n) % len(adapters)).astype(np.int32)
@@ -77,19 +79,30 @@ def host_scene(stage: Stage, name: str, *, seconds: float) -> Row:
         Driver(trace, watched, engine.ledger, engine.cost, engine.journal, clock, engine.runner).run()
     run = result([engine.journal], policy=name, operator=engine.operator, counters={"end_ns": 0}, config={})
     stage.renew()
-    rows = []
+    rows = [row for lease, row in zip(leases(run), lease_rows(run), strict=True) if _by_graph(engine, lease.work)]
+    return {"what": "host", "policy": name, "operator": engine.operator, "decide": spread(watched.times_us), "leases": rows,
+            **spread(watched.times_us)}  # fmt: skip
+
+
+def lease_rows(run: RunResult) -> list[dict]:
+    """What a record tells of each of its leases, in microseconds, as a row of measurements keeps it.
+
+    gap_us: since the GPU was free (certain where `known`); host_us: until the first step was on the GPU, beyond a switch and
+    the vision tower; forward_us: the first step without all those.
+    """
+    found = []
     for lease in leases(run):
-        if not lease.known or not _by_graph(engine, lease.work):
-            continue
-        own = (lease.end_ns - lease.first_ns) / 1e3 / (lease.steps - 1) if lease.steps > 2 else None
-        work = lease.work
-        rows.append({
-            "lead_us": round((lease.first_ns - lease.free_ns) / 1e3, 3), "own_us": own, "loads": lease.loads,
-            "idle": int(lease.idle), "loading": int(lease.loading), "vision_us": lease.vision_ns / 1e3,
+        work, first = lease.work, lease.first_ns - lease.start_ns
+        us = {
+            "start_us": lease.start_ns, "gap_us": lease.start_ns - lease.free_ns, "host_us": lease.host_ns,
+            "forward_us": first - lease.host_ns - lease.vision_ns - lease.switch_ns, "vision_us": lease.vision_ns,
+        }  # fmt: skip
+        found.append({
+            **{name: ns / 1e3 for name, ns in us.items()}, "loads": lease.loads, "idle": int(lease.idle),
+            "loading": int(lease.loading), "known": int(lease.known),
             "work": [*work[:3], list(map(list, work.prefills)), *work[4:]],
         })  # fmt: skip
-    return {"what": "host", "policy": name, "decide": spread(watched.times_us), "leases": rows, **spread(watched.times_us),
-            "own_median_us": median([row["own_us"] for row in rows if row["own_us"]] or [0.0])}  # fmt: skip
+    return found
 
 
 def _by_graph(engine: Engine, work: Work) -> bool:

@@ -218,7 +218,7 @@ def attention_jobs(grid: Grid) -> Iterator[Job]:
             yield (f"extend {tokens} {context}",
                    lambda stage, t=tokens, c=context: _if_it_fits(stage, "extend", t, c))  # fmt: skip
     for batch in grid.batches:
-        for context in (NEAR, *grid.contexts[1:]):
+        for context in (NEAR, *grid.contexts):
             yield f"mixed {batch} {context}", lambda stage, n=batch, c=context: _mixed(stage, n, c)
 
 

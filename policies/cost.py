@@ -154,7 +154,7 @@ class Cost:
         return round(value)
 
     def _lora_ps(self, tokens: int, adapters: int, rank: float, phase: str) -> int:
-        if not tokens or not self._lora:
+        if not tokens or not adapters or not self._lora:
             return 0
         return round(self._branch(adapters, rank, phase)(tokens))
 
@@ -198,7 +198,7 @@ class Cost:
 
         The first four and the last are the GPU's and add up; a step takes their sum or, if that is longer, the host's part.
         """
-        mode, decodes, _, prefills, prefill_tokens, images, rows, adapters, rank, ranks, switch_rank, outputs = work
+        mode, decodes, _, prefills, prefill_tokens, images, rows, adapters, rank, ranks, switch_rank, outputs, largest = work
         if not prefills and not switch_rank:
             return self._decode(decodes, rows, adapters, rank, ranks, outputs, mode == MIXTURE)
         attention = vision = 0
@@ -213,7 +213,7 @@ class Cost:
             linear + self.output_ps(outputs),
             attention,
             vision,
-            self._branch_ps(rows, adapters, rank, ranks, phase),
+            self._branch_ps(rows, adapters, rank, ranks, phase, largest),
             self._host_ps + self._host_request_ps * (decodes + len(prefills)),
             round(self._switch(switch_rank)) if switch_rank else 0,
         )
@@ -229,11 +229,23 @@ class Cost:
         phase = "prefill" if prefill else "decode"
         return f"mixture_{phase}" if mixture and f"mixture_{phase}" in self._lora else phase
 
-    def _branch_ps(self, rows: int, adapters: int, rank: int, ranks: int, phase: str) -> int:
-        """The LoRA branch of `rows` rows. Padded operators pay for the largest rank of a batch, the others for the mean."""
+    def _branch_ps(self, rows: int, adapters: int, rank: int, ranks: int, phase: str, largest: int = 0) -> int:
+        """The LoRA branch of `rows` rows. Padded operators pay for the largest rank of a batch, the others for the mean.
+
+        Tables are of rows spread evenly over adapters. Where one has twice its share or more, its rows count by themselves
+        and the others' beside them, for kernels whose programs take a whole adapter each wait for the largest; in between,
+        in proportion.
+        """
         if not rows:
             return 0
-        return self.lora_ps(rows, adapters, rank if self._padded else ranks / adapters, phase)
+        rank = rank if self._padded else ranks / adapters
+        even = self.lora_ps(rows, adapters, rank, phase)
+        over = min(largest * adapters - rows, rows)
+        if over <= 0:
+            return even
+        others = self.lora_ps(rows - largest, adapters - 1, rank, phase) - self.lora_ps(1, 1, rank, phase)  # launched once
+        apart = self.lora_ps(largest, 1, rank, phase) + max(0, others)
+        return even + max(0, apart - even) * over // rows
 
     def step_ps(self, work: Work, number: int = 0, slow_ps: int = 0) -> int:
         """Time of step `number` of a lease (0 the first, which alone has prefills, images and a switch), without what its
@@ -245,11 +257,24 @@ class Cost:
             gpu += self.attention_at(work.decodes, context, mixed=bool(work.prefills))
         return max(gpu, host)
 
-    def lease_ps(self, decodes: int, chunks: int, images: int, loads: int, *, idle: bool) -> int:
+    def forward_ps(self, work: Work) -> tuple[int, int]:
+        """The decoder's part of a first step, without vision tower, switch and host: (products of matrices, all else)."""
+        linear, attention, _, lora, _, _ = self.fixed(work)
+        decodes = self.attention_at(work.decodes, work.context_tokens, mixed=bool(work.prefills)) if work.decodes else 0
+        return linear + attention, lora + decodes
+
+    def lease_ps(self, work: Work, loads: int, *, idle: bool) -> int:
         """What the host takes at the boundary before a lease, while the GPU waits: to close the books of the last one (or,
-        idle, to wake up), to decide, and to put the first step on the GPU. loads: copies of adapters that it starts."""
-        base, request, chunk, image, load, wake = self._lease
-        return base + request * decodes + chunk * chunks + image * images + load * loads + (wake if idle else 0)
+        idle, to wake up), to decide, to start `loads` copies of adapters, and to prepare the first step, beside which a
+        switch and the vision tower run already."""
+        base, load, wake, launch, request, prompts, chunk = self._lease
+        before = base + load * loads + (wake if idle else 0)
+        prepares = launch + request * work.decodes + (prompts + chunk * len(work.prefills) if work.prefills else 0)
+        if work.images:
+            prepares -= round(self._vision(work.images))
+        if work.switch_rank:
+            prepares -= round(self._switch(work.switch_rank))
+        return before + max(0, prepares)
 
     def beside_load_ps(self, step_ps: int, left_ps: int) -> int:
         """By how much a step of `step_ps` takes longer beside copies of adapters that go on for left_ps: it is slowed down

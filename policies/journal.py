@@ -69,7 +69,7 @@ class Journal:
         place = (self.server, start_ps // PS_PER_NS)
         self._details["leases"] += _DETAIL["leases"].pack(
             *place, first_ps // PS_PER_NS, work.lora_tokens, work.adapters, work.rank, work.lora_ranks, work.switch_rank,
-            work.outputs, loads, loading,
+            work.outputs, loads, loading, work.largest,
         )  # fmt: skip
         for tokens, context in work.prefills:
             self._details["chunks"] += _DETAIL["chunks"].pack(*place, tokens, context)

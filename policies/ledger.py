@@ -284,11 +284,14 @@ class Ledger:
                 prefill_tokens += chunk
                 rows[entry.adapter] = rows.get(entry.adapter, 0) + chunk
                 outputs += entry.kv + chunk == entry.target and not entry.head
-        lora_rows = adapters = rank = ranks = 0
+        lora_rows = adapters = rank = ranks = largest = 0
         if mode in (UNMERGED, MIXTURE):
             lora_rows, adapters, rank, ranks = self.pool.branches(rows, decodes + prefill_tokens, self.merged)
+            if chunks:
+                cold = decodes + prefill_tokens - rows.get(self.merged, 0) if self.merged >= 0 else 0
+                largest = max([cold, *(rows[adapter] for adapter in rows if adapter not in (-1, self.merged))])
         return Work(mode, decodes, cohort.context + decodes, chunks, prefill_tokens, images, lora_rows, adapters,
-                    rank, ranks, switch_rank, outputs)
+                    rank, ranks, switch_rank, outputs, largest)
 
     # -- transitions ----------------------------------------------------------------------------------------------------
     def _unqueue(self, entry: Entry) -> None:

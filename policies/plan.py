@@ -57,8 +57,9 @@ class Work(NamedTuple):
     tokens = decodes + prefill_tokens. context_tokens: KV tokens read by the decodes, summed. prefills: (tokens, context
     before them) per chunk. lora_tokens: rows that go through the LoRA branch (twice for a cold request in mixture
     mode); adapters: distinct adapters among them; rank: the largest, lora_ranks: the sum of ranks over distinct ones.
-    switch_rank: rank of the adapter folded in or taken out by a change of mode, 0 where there is none. outputs: rows that
-    go through the LM head.
+    largest: rows of the adapter that has most of them, counted in steps with prompts, where they differ much (0: spread
+    evenly). switch_rank: rank of the adapter folded in or taken out by a change of mode, 0 where there is none. outputs:
+    rows that go through the LM head.
     """
 
     mode: int
@@ -73,3 +74,4 @@ class Work(NamedTuple):
     lora_ranks: int
     switch_rank: int
     outputs: int
+    largest: int = 0

@@ -18,11 +18,24 @@ Points = list[tuple[float, float]]
 POSITIVE = ("kv_bytes_per_token", "adapter_bytes_per_rank", "load_gb_per_s", "device_bytes", "max_context")
 """Numbers that are divided by, or without which nothing runs."""
 
-LEASE_PARTS = ("base", "request", "chunk", "image", "load", "wake")
-"""What `lease_us` may hold: the host's time at the boundary of a lease, in all, and for each decoding request, chunk of a
-prompt, image and started load in it; wake: what it takes longer to begin from idleness."""
+LEASE_PARTS = ("base", "load", "wake", "launch", "request", "prompts", "chunk")
+"""What `lease_us` may hold, the host's time at the boundary of a lease. Before anything is on the GPU: in all, for each load
+that it starts, and what it takes longer to begin from idleness; then, to prepare and launch the first step: in all, for each
+decoding request, if there are prompts, and for each chunk of one."""
 LORA_PHASES = ("decode", "prefill", "mixture_decode", "mixture_prefill")
 """Tables that an operator may have, the first two always; without the others, steps in mixture mode are charged by those."""
+
+
+@dataclass(frozen=True)
+class Boost:
+    """How a GPU's clock settles under load (`policies.boost`). tau_us: its time constant. rested, settled: by the rows of a
+    step with prompts, its time over what the tables say, before and after. vision_rested, vision_settled: of the tower."""
+
+    tau_us: float
+    rested: Points
+    settled: Points
+    vision_rested: float = 1.0
+    vision_settled: float = 1.0
 
 
 class ProfileError(ValueError):
@@ -43,9 +56,9 @@ class Profile:
     What only an engine has, neutral where a file lacks it. steps_ahead: 1 where a further step is under way when an event
     is noticed at a step's end. rank_align: in memory a rank is padded to a multiple of it. prefill_linear: `linear` of steps
     with chunks of prompts; mixed_attention: decode_attention in them; empty: as in steps without. lease_us: see LEASE_PARTS;
-    decide_us: policy -> time of a decision. load_slowdown: by what share a step is slower while adapters are copied.
-    scatter: table -> the 10th and 90th percentile of its repeats over their median; "model": of held-out steps, measured
-    over predicted.
+    decide_us: policy -> time of a decision. boost: see Boost. load_slowdown: by what share a step is slower while adapters
+    are copied. scatter: table -> the 10th and 90th percentile of its repeats over their median; "model": of held-out steps,
+    measured over predicted.
     """
 
     name: str
@@ -80,6 +93,7 @@ class Profile:
     lease_us: dict[str, float] = field(default_factory=dict)
     decide_us: dict[str, float] = field(default_factory=dict)
     load_slowdown: float = 0.0
+    boost: Boost | None = None
     scatter: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def named(self, table: str, name: str):
@@ -230,6 +244,8 @@ def _parse_engine(path: Path, data: dict) -> None:
             if key == "lease_us" and name not in LEASE_PARTS:
                 raise ProfileError(f"{path}: lease_us[{name}] is unknown; it may hold {', '.join(LEASE_PARTS)}")
             _finite(f"{path}: {key}[{name}]", value)
+    if data.get("boost") is not None:
+        data["boost"] = _boost(f"{path}: boost", data["boost"])
     scatter = _table(f"{path}: scatter", data.get("scatter", {}))
     for name, pair in scatter.items():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
@@ -237,6 +253,20 @@ def _parse_engine(path: Path, data: dict) -> None:
         for value in pair:
             _finite(f"{path}: scatter[{name}]", value)
     data["scatter"] = {name: tuple(pair) for name, pair in scatter.items()}
+
+
+def _boost(where: str, value) -> Boost:
+    names = [field.name for field in fields(Boost)]
+    if sorted(_table(where, value)) != sorted(names):
+        raise ProfileError(f"{where}: has {', '.join(value) or 'nothing'}; it must have {', '.join(names)}")
+    tables = {name: _points(f"{where}: {name}", value[name]) for name in ("rested", "settled")}
+    for name in names:
+        if name not in tables:
+            _finite(f"{where}: {name}", value[name])
+    factors = [factor for points in tables.values() for _, factor in points]
+    if not value["tau_us"] or not all(0 < factor < 10 for factor in (*factors, *(value[name] for name in names[3:]))):
+        raise ProfileError(f"{where}: tau_us and factors must be above 0, and factors below 10")
+    return Boost(**{**value, **tables})
 
 
 def _finite(where: str, value) -> None:

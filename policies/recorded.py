@@ -15,8 +15,9 @@ from traces.record import RunResult
 
 class Lease(NamedTuple):
     """One lease as it went; times in ns. free_ns: when the GPU had nothing to do before it any more, which is the end of the
-    lease before or, idle, the arrival that began it. first_ns, end_ns: ends of its first and last step. vision_ns,
-    switch_ns: by the GPU's clock. known: False where what it waited for before is not in the record (a copy)."""
+    lease before or, idle (nothing was unfinished), the arrival that began it. first_ns, end_ns: ends of its first and last
+    step. vision_ns, switch_ns: by the GPU's clock. host_ns: what the first step's preparation took longer than those. known:
+    False where what it waited for before is not in the record (a copy)."""
 
     work: Work
     steps: int
@@ -30,10 +31,11 @@ class Lease(NamedTuple):
     known: bool
     vision_ns: int
     switch_ns: int
+    host_ns: int
 
 
-IDLE_NS = 300_000
-"""Between two leases that follow each other at once the host needs less."""
+BETWEEN_NS, AWAKE_NS = 900_000, 6_000_000
+"""Between two leases that follow each other at once, and from an arrival to a lease, the host needs less."""
 
 
 def leases(run: RunResult) -> list[Lease]:
@@ -48,22 +50,23 @@ def leases(run: RunResult) -> list[Lease]:
     for start, tokens, context in zip(*(table[name].tolist() for name in ("start_ns", "tokens", "context")), strict=True):
         chunks.setdefault(start, []).append((tokens, context))
     names = ("start_ns", "duration_ns", "steps", "mode", "decodes", "context_tokens", "prefill_tokens", "images",
-             "vision_ns", "switch_ns")  # fmt: skip
+             "vision_ns", "switch_ns", "host_ns")  # fmt: skip
     own = zip(*(steps[name].tolist() for name in names), strict=True)
-    more = ("first_ns", "lora_tokens", "lora_adapters", "rank", "lora_ranks", "switch_rank", "outputs", "loads", "loading")
+    more = ("first_ns", "lora_tokens", "lora_adapters", "rank", "lora_ranks", "switch_rank", "outputs", "loads", "loading",
+            "largest")  # fmt: skip
     details = zip(*(extra[name].tolist() for name in more), strict=True)
-    arrivals = np.sort(run.requests["arrival_ns"])
+    arrivals, finishes = np.sort(run.requests["arrival_ns"]), np.sort(run.requests["finish_ns"])
     found, end = [], 0
-    for (start, took, count, mode, decodes, context, tokens, images, vision, switch), row in zip(own, details, strict=True):
-        first, rows, adapters, rank, ranks, switch_rank, outputs, loads, loading = row
+    for lease, row in zip(own, details, strict=True):
+        start, took, count, mode, decodes, context, tokens, images, vision, switch, host = lease
+        first, rows, adapters, rank, ranks, switch_rank, outputs, loads, loading, largest = row
         work = Work(mode, decodes, context, tuple(chunks.get(start, ())), tokens, images, rows, adapters, rank, ranks,
-                    switch_rank, outputs)  # fmt: skip
-        free, idle, known = end, False, True
-        if start - end > IDLE_NS:
-            at = int(np.searchsorted(arrivals, end, side="right"))
-            idle = at < len(arrivals) and int(arrivals[at]) <= start
-            free = int(arrivals[at]) if idle else start
-            known = idle and start - free < 20 * IDLE_NS
+                    switch_rank, outputs, largest)  # fmt: skip
+        at = int(np.searchsorted(arrivals, end, side="right"))
+        idle = at == int(np.searchsorted(finishes, end, side="right")) and at < len(arrivals)
+        free = min(start, int(arrivals[at])) if idle else end
+        known = start - free < (AWAKE_NS if idle else BETWEEN_NS)
         end = start + took
-        found.append(Lease(work, count, start, free, start + first, end, loads, bool(loading), idle, known, vision, switch))
+        found.append(Lease(work, count, start, free, start + first, end, loads, bool(loading), idle, known, vision, switch,
+                           host))  # fmt: skip
     return found

@@ -61,6 +61,7 @@ def extrapolated(data: dict, profile: Profile, source: DataSheet, target: DataSh
     scaled["load_gb_per_s"] = data["load_gb_per_s"] * min(1.0, target.link_gb_per_s / source.link_gb_per_s)
     scaled["device_bytes"] = target.device_bytes
     scaled["kind"] = "extrapolated"
+    scaled.pop("boost", None)  # of that GPU's limit of power
     scaled["provenance"] = {
         "device": f"{target.name} (extrapolated)",
         "made_by": f"python -m sim extrapolate {profile.name}",

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from policies import Policy, PolicyError, make_policy
+from policies.boost import GpuClock
 from policies.cost import Cost
 from policies.profile import Profile, ProfileError
 from policies.recorded import leases
@@ -153,12 +154,14 @@ def replicated(record: RunResult, profile: Profile, trace_path: str | None, good
 def predicted(record: RunResult, profile: Profile, config: SimConfig, policy: Policy, trace: Trace) -> dict[str, np.ndarray]:
     """What the tables say of every lease that the engine ran, as the `predicted` table of the record."""
     cost = Cost(profile, config.operator or policy.operator, ENGINE_SWITCH, trace.adapters, policy.name)
-    rows = []
+    clock, rows = GpuClock(profile.boost), []
     for lease in leases(record):
         work = lease.work
-        boundary = cost.lease_ps(work.decodes, len(work.prefills), work.images, lease.loads, idle=lease.idle)
+        boundary = cost.lease_ps(work, lease.loads, idle=lease.idle)
         copies_ps = max(1, lease.loads) * cost.copy_ns(work.rank) * PS_PER_NS  # of one that began earlier all is left
         slow = cost.beside_load_ps(cost.step_ps(work), copies_ps) if lease.loading else 0
+        if work.prefills:  # since the steps before it were computed when they were
+            slow += clock.extra_ps(cost, work, lease.free_ns * PS_PER_NS + boundary)
         jump = run(cost, work, lease.steps, FOREVER_PS, slow_ps=slow)
         rows.append((
             0, lease.start_ns, lease.free_ns, int(lease.known), boundary // PS_PER_NS, jump.first_ps // PS_PER_NS,

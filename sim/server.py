@@ -18,6 +18,7 @@ import simpy
 from simpy.events import URGENT, Event, Timeout
 
 from policies import Policy, faults
+from policies.boost import GpuClock
 from policies.cost import Cost
 from policies.invariants import InvariantError, check, check_idle, snapshot
 from policies.journal import Journal
@@ -57,8 +58,8 @@ class Clock(simpy.Environment):
 @dataclass(slots=True)
 class Lease:
     """The plan that stands. left: steps of it that may still be taken. until_ps: when it ends if nothing happens before.
-    slow_ps: what its steps take longer because of a copy under way. last_ps: when the last step taken began; -1 for the
-    first, before which nothing is noticed."""
+    slow_ps: what its steps take longer than the tables say, because of a copy under way or the clock. last_ps: when the last
+    step taken began; -1 for the first, before which nothing is noticed."""
 
     plan: Plan
     left: int
@@ -95,6 +96,7 @@ class Server:
         self._lease: Lease | None = None
         self._busy_ps = -1  # until when steps were computed
         self._stirred_ps = FOREVER_PS  # when something first happened here since the lease began
+        self._clock = GpuClock(cost.profile.boost)
         self.process = env.process(self._serve())
         if end_ps < FOREVER_PS:
             at(env, end_ps, lambda _: self._wake())
@@ -165,9 +167,11 @@ class Server:
         if lease is None:
             if cost.has_host:
                 idle = self._busy_ps != start_ps
-                boundary_ps = cost.lease_ps(work.decodes, len(work.prefills), work.images, self._started, idle=idle)
+                boundary_ps = cost.lease_ps(work, self._started, idle=idle)
             beside_load = self._loads and cost.profile.load_slowdown
             slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - start_ps) if beside_load else 0
+            if work.prefills:
+                slow_ps += self._clock.extra_ps(cost, work, start_ps + boundary_ps)
             self._stirred_ps, self._started = FOREVER_PS, 0
             until_ps = self._end_ps if plan.until_ns is None else min(self._end_ps, plan.until_ns * PS_PER_NS)
         else:

@@ -60,8 +60,8 @@ def simulated(trace, policy, profile, **options):
     return simulate(trace, policy, profile, SimConfig(limits=Limits(*LIMITS), check_invariants=True, **options))
 
 
-ENGINE = {"steps_ahead": 1, "lease_us": {"base": 130.0, "request": 7.0, "chunk": 20.0, "image": 9.0, "load": 31.0,
-          "wake": 60.0}, "decide_us": {"valora": 41.0}, "load_slowdown": 0.02}  # fmt: skip
+ENGINE = {"steps_ahead": 1, "lease_us": {"base": 100.0, "load": 31.0, "wake": 60.0, "launch": 30.0, "request": 7.0,
+          "prompts": 40.0, "chunk": 20.0}, "decide_us": {"valora": 41.0}, "load_slowdown": 0.02}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -18,7 +18,7 @@ ENGINE = {
     "steps_ahead": 1, "load_slowdown": 0.02, "decide_us": {"valora": 41.0},
     "mixed_attention": {4: [(0.0, 5.0), (99.0, 70.0)]},
     "prefill_linear": [(1.0, 150.0), (16.0, 150.0), (17.0, 180.0), (64.0, 300.0)],
-    "lease_us": {"base": 30.0, "request": 3.0, "chunk": 10.0, "image": 9.0, "load": 15.0, "wake": 20.0},
+    "lease_us": {"base": 20.0, "load": 15.0, "wake": 20.0, "launch": 10.0, "request": 3.0, "prompts": 12.0, "chunk": 10.0},
     "scatter": {"linear": (0.99, 1.02)},
 }  # fmt: skip
 

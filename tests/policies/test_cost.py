@@ -70,6 +70,22 @@ def test_padded_operators_pay_for_the_largest_rank(tiny_profile):
     assert lora == {"slora": fair, "vllm": padded, "none": 0}
 
 
+def test_an_adapter_with_more_than_its_share_is_waited_for(tiny_profile):
+    """Even: the table; one with all but a few rows: as if alone, and the others' beside it, launched once; between: between."""
+    lora = {"slora": {phase: {8: {1: [(1, 2.0), (64, 65.0)], 4: [(1, 2.0), (64, 18.0)]}} for phase in ("decode", "prefill")}}
+    cost = Cost(tiny_profile(lora=lora), "slora", "fused", ADAPTERS)
+    work = Work(UNMERGED, 0, 0, ((40, 0),), 40, 0, 40, 4, 8, 32, 0, 1)
+    took = {largest: cost.fixed(work._replace(largest=largest))[3] for largest in (0, 10, 12, 20, 37, 40)}
+    even = cost.lora_ps(40, 4, 8, "prefill")
+    assert took[0] == took[10] == even
+    alone = {n: cost.lora_ps(n, 1, 8, "prefill") for n in (1, 12, 20, 37, 40)}
+    apart = {n: alone[n] + cost.lora_ps(40 - n, 3, 8, "prefill") - alone[1] for n in (12, 20, 37)}
+    assert took[20] == apart[20]
+    assert took[37] == apart[37] > took[20] > took[12] > even
+    assert took[12] == even + (apart[12] - even) * 8 // 40
+    assert took[40] == alone[40], "nobody else has rows"
+
+
 def test_a_step_is_the_sum_of_its_parts(cost):
     work = Work(MIXTURE, 3, 30, ((5, 0), (2, 32)), 7, 2, 4, 2, 16, 24, 8, 4)
     linear, attention, vision, lora, host, switch = cost.fixed(work)

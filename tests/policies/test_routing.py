@@ -200,7 +200,7 @@ def test_every_router_serves_everybody_and_leaps_as_it_steps(policy, router):
         adapter=np.where(rng.random(count) < 0.5, 0, rng.integers(-1, 8, count)).astype(np.int32),
         adapters=make_adapters(8, (64,)),
     )  # fmt: skip
-    profile = find_profile(None, "llava-1.5-7b")
+    profile = find_profile("analytic-h200", "llava-1.5-7b")
     runs = [
         simulate(trace, make_policy(policy), profile, SimConfig(gpus=3, router=router, leap=leap, check_invariants=True))
         for leap in (True, False)

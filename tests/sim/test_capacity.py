@@ -13,7 +13,9 @@ from sim.slo import SATURATED, judge, parse_slo
 from sim.whatif import answer, cold_shares, merging, mix_of
 from traces.request import Trace
 
-SMALL = ("--max-requests", "300", "--workload", "retrieval", "--jobs", "1", "--seeds", "2", "--tolerance", "0.1")
+ANALYTIC = "analytic-h200-llava-1.5-7b"
+SMALL = ("--max-requests", "300", "--workload", "retrieval", "--jobs", "1", "--seeds", "2", "--tolerance", "0.1",
+         "--profile", ANALYTIC)  # fmt: skip
 
 
 # -- SLOs ---------------------------------------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ def test_the_rate_found_holds_and_the_next_one_fails(tmp_path, capsys):
         held = []
         for seed in ("0", "1"):
             options = {"policy": found["policy"], "rate": str(low["rate"]), "seed": seed, "max-requests": "300",
-                       "workload": "retrieval"}  # fmt: skip
+                       "workload": "retrieval", "profile": ANALYTIC}  # fmt: skip
             held.append(summary(parse_options(options))["p99_ttft_ms"])
         assert max(held) < 300
         assert max(held) == low["worst"]["p99_ttft_ms"]
@@ -162,7 +164,7 @@ def test_cold_shares_are_those_of_an_lru_cache():
 
 
 def test_folding_in_the_only_adapter_leaves_no_branch():
-    args = parse_options({"adapters": "1"})
+    args = parse_options({"adapters": "1", "profile": ANALYTIC})
     trace = trace_of(args)
     mix = mix_of(trace)
     cost = Cost(profile_of(args), "sglang", "fused", trace.adapters)
@@ -172,13 +174,13 @@ def test_folding_in_the_only_adapter_leaves_no_branch():
 
 
 def test_the_answer_is_in_words():
-    text = answer(parse_options({"adapter-assign": "share:0.9", "workload": "retrieval"}))
+    text = answer(parse_options({"adapter-assign": "share:0.9", "workload": "retrieval", "profile": ANALYTIC}))
     words = " ".join(text.split())
     assert "analytic, not measured" in words
     assert "An adapter takes 128 MiB on average, as much as the KV of 256 tokens" in words
     assert "takes 2.44 ms at 55 GB/s" in words, "128 MiB over 55 GB/s"
     assert re.search(r"adapter-000 \(9\d % of the requests with an adapter\): merge it\.", words)
-    uniform = " ".join(answer(parse_options({"adapter-assign": "uniform"})).split())
+    uniform = " ".join(answer(parse_options({"adapter-assign": "uniform", "profile": ANALYTIC})).split())
     assert "So no adapter of this mix is worth folding in for mixed batches." in uniform
     assert "The trace asks for no adapter." in answer(parse_options({"adapters": "0"}))
 

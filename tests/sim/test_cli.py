@@ -50,7 +50,7 @@ def test_one_policy(call):
     code, out, err = call(*SMALL)
     assert code == 0
     assert "valora" in out
-    assert "analytic" in out
+    assert "h200-llava-1.5-7b (measured)" in out
     assert "replayed" in err
     assert "replayed" not in out
 

@@ -96,12 +96,17 @@ def test_a_prefill_is_one_step(tiny_profile):
 
 
 def test_a_boundary_is_paid_for_what_the_lease_holds(tiny_profile):
-    lease_us = {"base": 50.0, "request": 2.0, "chunk": 7.0, "image": 11.0, "load": 13.0, "wake": 40.0}
+    lease_us = {"base": 50.0, "load": 13.0, "wake": 40.0, "launch": 10.0, "request": 2.0, "prompts": 20.0, "chunk": 7.0}
     profile = tiny_profile(lease_us=lease_us, decide_us={"valora": 5.0})
     costs = [Cost(profile, "slora", "fused", (), policy) for policy in ("valora", "slora")]
-    assert [cost.lease_ps(3, 2, 1, 1, idle=False) for cost in costs] == [99_000_000, 94_000_000]
-    assert costs[1].lease_ps(0, 0, 0, 0, idle=True) == 90_000_000
-    assert Cost(tiny_profile(), "slora", "fused", ()).lease_ps(3, 2, 1, 1, idle=True) == 0
+    work = Work(UNMERGED, 3, 30, ((5, 0), (2, 0)), 7, 0, 0, 0, 0, 0, 0, 5)
+    assert [cost.lease_ps(work, 1, idle=False) for cost in costs] == [118_000_000, 113_000_000]
+    vision_us = costs[1].fixed(work._replace(images=1))[2] / 1e6
+    assert costs[1].lease_ps(work._replace(images=1), 0, idle=True) == round(1e6 * (90 + 50 - vision_us)), "hidden behind it"
+    assert costs[1].lease_ps(work._replace(images=99), 0, idle=True) == 90_000_000
+    assert costs[1].lease_ps(work._replace(prefills=(), prefill_tokens=0, switch_rank=8), 0, idle=False) == round(
+        1e6 * (50 + max(0, 16 - costs[1].fixed(work._replace(switch_rank=8))[5] / 1e6)))  # fmt: skip
+    assert Cost(tiny_profile(), "slora", "fused", ()).lease_ps(work, 1, idle=True) == 0
 
 
 def test_steps_with_prompts_have_tables_of_their_own(tiny_profile):

@@ -25,7 +25,7 @@ def journal_of(*leases) -> Journal:
 
 
 DECODE = Work(UNMERGED, 3, 30, (), 0, 0, 3, 2, 16, 24, 8, 3)
-PREFILL = Work(UNMERGED, 1, 11, ((5, 0), (2, 32)), 7, 0, 8, 1, 16, 16, 0, 2)
+PREFILL = Work(UNMERGED, 1, 11, ((5, 0), (2, 32)), 7, 0, 8, 1, 16, 16, 0, 2, 8)
 
 
 def run_of(journal):
@@ -37,7 +37,7 @@ def test_details_come_back(tmp_path):
     write_results(tmp_path / "run", [run], {"valora": summarize(run)}, [])
     (back,) = read_results(tmp_path / "run")
     leases = list(zip(*(back.details["leases"][name].tolist() for name in DETAIL_COLUMNS["leases"]), strict=True))
-    assert leases == [(0, 0, 30_000, 8, 1, 16, 16, 0, 2, 0, 0), (0, 70_000, 30_000, 3, 2, 16, 24, 8, 3, 1, 1)]
+    assert leases == [(0, 0, 30_000, 8, 1, 16, 16, 0, 2, 0, 0, 8), (0, 70_000, 30_000, 3, 2, 16, 24, 8, 3, 1, 1, 0)]
     assert back.details["chunks"]["tokens"].tolist() == [5, 2]
     assert back.details["chunks"]["context"].tolist() == [0, 32]
     assert (back.details["leases"]["start_ns"] == back.steps["start_ns"]).all()
