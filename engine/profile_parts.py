@@ -70,6 +70,8 @@ def _upto(sizes: tuple[int, ...], most: int) -> tuple[int, ...]:
 
 def measured(stage: Stage, plan: Plan, what: str, **conditions) -> Row:
     """Time a plan; its row."""
+    if plan.prefills:
+        stage.rest()
     timing = stage.time(plan)
     work = timing.work
     row = {"what": what, **conditions, **spread(timing.steps), "host_us": spread(timing.host)["us"]}

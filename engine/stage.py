@@ -26,6 +26,9 @@ FEWEST, MOST = 5, 40
 """Steps that one point is timed over."""
 POINT_S = 0.12
 """Seconds that one point is timed for, within those bounds."""
+REST_S = 0.15
+"""Before a step of prompts is timed: a GPU that computes them for about a second lowers its clock by a seventh for a moment,
+and that moment must not fall into one point of a table."""
 OUTPUT = 4 * MOST + 16
 
 
@@ -135,6 +138,12 @@ class Stage:
         if context:
             self.place(request, context, mode, merged)
         return request, tokens
+
+    def rest(self) -> None:
+        """Let the GPU's clock recover from what was timed before."""
+        self.synchronize()
+        if self.cuda:
+            time.sleep(REST_S)
 
     # -- timing -------------------------------------------------------------------------------------------------------
     def time(self, plan: Plan, steps: int | None = None, after: Callable[[], object] = lambda: None) -> Timing:

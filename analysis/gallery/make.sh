@@ -1,10 +1,10 @@
 #!/bin/sh
 # Draw the README's gallery anew: sh analysis/gallery/make.sh [PROFILE]
-# PROFILE: the latency profile without the model, e.g. h200 for sim/profiles/h200-llava-1.5-7b.json (default analytic-h200).
+# PROFILE: the latency profile without the model: h200 for sim/profiles/h200-llava-1.5-7b.json (default), or analytic-h200.
 # What it runs goes to results/gallery, which is emptied first; pictures and their numbers lie beside this file.
 set -eu
 cd "$(dirname "$0")/../.."
-profile=${1:-analytic-h200}
+profile=${1:-h200}
 out=results/gallery
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 rm -rf "$out"

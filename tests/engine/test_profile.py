@@ -18,7 +18,11 @@ from engine.build import build, find_adapters  # noqa: E402
 from engine.graphs import BRANCHED, MIXED, PLAIN  # noqa: E402
 from engine.profile_fit import (  # noqa: E402
     UnfinishedError,
+    beside,
+    capped,
     chunk_attention,
+    host,
+    mixed_attention,
     non_negative,
     profile_of,
     robust,
@@ -29,7 +33,7 @@ from engine.rows_file import RowsError, RowsFile  # noqa: E402
 from engine.stage import Stage, Timing  # noqa: E402
 from policies import make_policy  # noqa: E402
 from policies.cost import Cost  # noqa: E402
-from policies.profile import load_profile, parse_profile  # noqa: E402
+from policies.profile import Boost, load_profile, parse_profile  # noqa: E402
 from policies.view import Limits  # noqa: E402
 from traces.assign import make_adapters  # noqa: E402
 
@@ -147,6 +151,43 @@ def test_one_chunk_against_many_tells_attention_apart():
             rows[f"{tokens} {chunks}"] = {"what": "prefill" if chunks == 1 else "pieces", "us": us, "work": work}
     assert chunk_attention(rows) == pytest.approx((ALPHA, BETA))
     assert chunk_attention({}) == (0.0, 0.0)
+
+
+def test_contexts_that_memory_did_not_hold_are_filled_in_from_decodes_alone():
+    row = {"requests": 8, "us": 130.0, "context": 20.0, "work": [0, 8, 160, [[24, 0]], 24]}
+    decode = {"8": [[10.0, 0.0], [20.0, 5.0], [50.0, 25.0]], "64": [[10.0, 0.0], [90.0, 400.0]]}
+    table = mixed_attention([row], [[1, 100.0], [64, 100.0]], lambda tokens: 2.0, decode, None)
+    assert table == {"8": [[20.0, 28.0], [50.0, 48.0]]}, "behind what was measured it rises as theirs does"
+    many = mixed_attention([{**row, "requests": 99}], [[1, 100.0], [999, 100.0]], lambda tokens: 2.0, decode, None)
+    assert many == {"99": [[20.0, 28.0], [90.0, pytest.approx(28.0 + 350.0)]]}, "the largest batch's, where none is as large"
+
+
+def test_beside_something_easier_products_of_matrices_take_less():
+    clock = Boost(1.0, [(1.0, 0.8)], [(1.0, 1.0)])
+    assert beside(100.0, 60.0, 7, None) == 40.0
+    assert beside(100.0, 60.0, 7, clock) == pytest.approx(100 - 60 * (0.8 + 0.2 * 0.6))
+    assert beside(50.0, 60.0, 7, clock) == 0.0, "never below nothing"
+
+
+def test_a_branch_does_not_get_dearer_by_the_row_once_there_are_many():
+    points = [[16, 5.0], [512, 9.0], [1024, 20.0], [2048, 60.0], [4096, 70.0]]
+    assert capped(points) == [[16, 5.0], [512, 9.0], [1024, 20.0], [2048, pytest.approx(44.0)], [4096, 70.0]]
+
+
+def test_what_the_host_does_is_found_in_the_leases_again():
+    rng, leases = np.random.default_rng(3), []
+    for _ in range(200):
+        decodes, chunks, loads, idle, images = (int(rng.integers(0, most)) for most in (30, 4, 2, 2, 2))
+        work = [0, decodes, 0, [[5, 0]] * chunks, 5 * chunks, images, 0, 0, 0, 0, 0, 1]
+        prepares = 400 + 3 * decodes + 50 * loads + (900 + 20 * chunks if chunks else 0)
+        leases.append({"work": work, "known": 1, "idle": idle, "loads": loads, "gap_us": 150 + 170 * idle,
+                       "host_us": 7 + (0 if images else prepares)})  # fmt: skip
+    leases.append({**leases[0], "known": 0, "gap_us": 1e6})
+    row = {"what": "host", "policy": "valora", "operator": "atmm", "decide": {"us": 7.0}, "leases": leases}
+    told = host({"a": row}, hidden=False)
+    assert told["lease_us"] == pytest.approx({"base": 150, "load": 50, "wake": 170, "launch": 400, "request": 3,
+                                              "prompts": 900, "chunk": 20}, abs=0.01)  # fmt: skip
+    assert told["decide_us"] == {"valora": 7.0}
 
 
 def test_stairs_have_a_point_at_either_end():

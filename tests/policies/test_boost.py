@@ -61,7 +61,8 @@ def test_without_a_word_of_it_tables_hold(tiny_profile):
 
 def test_a_fit_finds_the_clock_that_made_the_steps():
     fit = pytest.importorskip("engine.profile_boost", exc_type=ImportError)
-    truth = Boost(32_000.0, [(128.0, 0.95), (512.0, 0.9), (2048.0, 0.8)], [(128.0, 1.05), (512.0, 1.0), (2048.0, 1.0)], 0.85, 1.1)
+    rested, settled = [(128.0, 0.95), (512.0, 0.9), (2048.0, 0.8)], [(128.0, 1.05), (512.0, 1.0), (2048.0, 1.0)]
+    truth = Boost(32_000.0, rested, settled, 0.85, 1.1)
     rng, clock, now, steps = np.random.default_rng(0), GpuClock(truth), 0.0, []
     for _ in range(400):
         now += rng.choice([500.0, 8_000.0, 60_000.0])

@@ -71,7 +71,7 @@ def test_padded_operators_pay_for_the_largest_rank(tiny_profile):
 
 
 def test_an_adapter_with_more_than_its_share_is_waited_for(tiny_profile):
-    """Even: the table; one with all but a few rows: as if alone, and the others' beside it, launched once; between: between."""
+    """Even: the table; one with most rows: as if alone, and the others' beside it, launched once; between: between."""
     lora = {"slora": {phase: {8: {1: [(1, 2.0), (64, 65.0)], 4: [(1, 2.0), (64, 18.0)]}} for phase in ("decode", "prefill")}}
     cost = Cost(tiny_profile(lora=lora), "slora", "fused", ADAPTERS)
     work = Work(UNMERGED, 0, 0, ((40, 0),), 40, 0, 40, 4, 8, 32, 0, 1)

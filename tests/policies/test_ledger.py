@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -148,6 +150,13 @@ class Books(RuleBasedStateMachine):
         work = self.ledger.begin(plan, self.now_ns)
         assert work.decodes == len(plan.decodes)
         assert work.prefill_tokens == sum(tokens for _, tokens in plan.prefills)
+        computed = [*((request, 1) for request in plan.decodes), *plan.prefills]
+        asked = [self.ledger.entries[request].adapter for request, tokens in computed for _ in range(tokens)]
+        rows = Counter({adapter: asked.count(adapter) for adapter in asked if adapter not in (-1, plan.merged)})
+        if plan.mode == MIXTURE:  # whoever is not the folded adapter's goes through its branch too
+            rows[plan.merged] = sum(adapter != plan.merged for adapter in asked)
+        branches = plan.mode in (UNMERGED, MIXTURE) and plan.prefills
+        assert work.largest == (max(rows.values(), default=0) if branches else 0)
         if plan.decodes or plan.prefills:
             steps = data.draw(st.integers(1, self.ledger.lease_steps()))
             first_ns = self.now_ns + 1000

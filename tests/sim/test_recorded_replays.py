@@ -1,0 +1,61 @@
+"""The committed records of the engine's replays on a GPU, held against the committed profile, as the README says."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from analysis.step_errors import step_errors
+from sim.__main__ import find_profile
+from sim.replicate import config_of, policy_of, predicted, replicated
+from traces.record import summarize
+from traces.request import Adapter
+from traces.result_files import read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDS = ROOT / "engine" / "results" / "replays"
+TRACES = next((path for path in (ROOT / "shared" / "traces", ROOT.parent / "shared" / "traces") if path.exists()), None)
+CELLS = [(folder.name, run.policy) for folder in sorted(RECORDS.iterdir()) for run in read_results(folder)]
+
+
+def record_of(replay: str, policy: str):
+    return next(run for run in read_results(RECORDS / replay) if run.policy == policy)
+
+
+def test_there_are_records_of_four_workloads_under_four_policies():
+    assert {replay for replay, _ in CELLS} >= {"code", "conv", "light", "retrieval"}
+    assert {policy for _, policy in CELLS} >= {"valora", "dlora", "slora", "punica"}
+
+
+@pytest.mark.parametrize(("replay", "policy"), CELLS)
+def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, policy):
+    record = record_of(replay, policy)
+    assert record.config["engine"]["device"]["name"] == "NVIDIA H200"
+    assert record.config["trace"]["source"].startswith("AzureLLMInferenceTrace_")
+    profile = find_profile("h200", record.config["model"])
+    adapters = tuple(Adapter(adapter["name"], adapter["rank"]) for adapter in record.config["adapters"])
+    table = predicted(record, profile, config_of(record), policy_of(record.config), SimpleNamespace(adapters=adapters))
+    whole = step_errors(record, SimpleNamespace(details={"predicted": table}))[-1]
+    assert whole.kind == "all"
+    assert whole.median <= 2.0
+    assert whole.p95 <= 7.5
+    assert whole.modelled_ms == pytest.approx(whole.measured_ms, rel=0.02)
+
+
+@pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
+@pytest.mark.parametrize("replay", sorted({replay for replay, _ in CELLS}))
+def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
+    measured, simulated = {}, {}
+    for policy in [policy for name, policy in CELLS if name == replay]:
+        record = record_of(replay, policy)
+        trace = next(TRACES.rglob(record.config["trace"]["source"]), None)
+        if trace is None:
+            pytest.skip(f"{record.config['trace']['source']} is not here")
+        ours = replicated(record, find_profile("h200", record.config["model"]), str(trace), {}, error_bars=False)
+        measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
+        assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
+    order = [sorted(found, key=found.get) for found in (measured, simulated)]
+    assert order[0] == order[1]
+    errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
+    assert errors.max() < 0.1
