@@ -249,7 +249,7 @@ class Cost:
 
     def step_ps(self, work: Work, number: int = 0, slow_ps: int = 0) -> int:
         """Time of step `number` of a lease (0 the first, which alone has prefills, images and a switch), without what its
-        boundary costs. slow_ps: what the GPU takes longer because a copy is under way."""
+        boundary costs. slow_ps: what the GPU takes longer, because of a copy under way or its clock (`boost`)."""
         linear, attention, vision, lora, host, switch = self.fixed(work)
         gpu = slow_ps + linear + lora + (0 if number else attention + vision + switch)
         if work.decodes:

@@ -39,8 +39,9 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
         ahead: int = 0) -> Run:
     """Run `work` until the first step boundary at or after `until_ps` from now, at least one and at most max_steps steps.
 
-    boundary_ps: the host's time before the first step. slow_ps: added to every step, because something else uses the
-    memory. ahead: steps that follow that boundary, because they were under way when it was reached.
+    boundary_ps: the host's time before the first step. slow_ps: added to every step's linear part, because something else
+    uses the memory, or the clock is not what it was when tables were measured (then it may be below 0). ahead: steps that
+    follow that boundary, because they were under way when it was reached.
     """
     linear, attention, vision, lora, floor, switch = cost.fixed(work)
     linear += slow_ps
@@ -49,6 +50,8 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
         if decodes:
             attention += cost.attention_at(decodes, work.context_tokens, mixed=True)
         gpu = linear + attention + vision + lora + switch
+        if linear < 0:  # the vision tower was faster by more than the rest takes
+            linear, vision = 0, vision + linear
         step = max(gpu, floor)
         total = boundary_ps + step
         return Run(1, total, step, total, (linear, attention, vision, lora, total - gpu, switch), ())

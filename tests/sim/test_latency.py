@@ -95,6 +95,15 @@ def test_a_prefill_is_one_step(tiny_profile):
     assert run(slow_host, work, 99, 1 << 62).parts[4] == 70_230_000 - jump.total_ps  # what the GPU waits for the host
 
 
+def test_a_tower_may_be_faster_by_more_than_the_rest_takes(tiny_profile):
+    work = Work(UNMERGED, 0, 0, ((1, 0),), 1, 64, 0, 0, 0, 0, 0, 1)
+    cost = Cost(tiny_profile(), "none", "fused", ())
+    slow_ps = -(cost.fixed(work)[0] + 5_000_000)
+    jump = run(cost, work, 1, 0, slow_ps=slow_ps)
+    assert jump.total_ps == cost.step_ps(work) + slow_ps == sum(jump.parts)
+    assert min(jump.parts) == jump.parts[0] == 0
+
+
 def test_a_boundary_is_paid_for_what_the_lease_holds(tiny_profile):
     lease_us = {"base": 50.0, "load": 13.0, "wake": 40.0, "launch": 10.0, "request": 2.0, "prompts": 20.0, "chunk": 7.0}
     profile = tiny_profile(lease_us=lease_us, decide_us={"valora": 5.0})
