@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.fusion.domains import Domain
 from engine.fusion.metrics import Box, Score, score
 from engine.fusion.task_heads import Head
 from engine.fusion.wording import QUERIES, boxes_from
@@ -48,16 +49,21 @@ def predict(bench: Workbench, sample: Sample, head: Head | None) -> list[str] | 
     for index in _equal_lengths(tails, images):
         batch = [tails[i] for i in index]
         if not use_head:
-            said = [bench.wording.text(ids) for ids in _decode(bench, sample, index, batch)]
-            found = [boxes_from(text) for text in said] if domain.boxed else said
+            found = [answer_of(domain, bench.wording.text(ids)) for ids in _decode(bench, sample, index, batch)]
         else:
             hidden = bench.hidden(sample, index, bench.wording.pack([(tail, []) for tail in batch]))
             found = head.found(hidden[:, -QUERIES:], domain) if domain.boxed else head.labels(hidden[:, -1], domain)
         for i, answer in zip(index, found, strict=True):
             answers[i] = answer
-    if domain.boxed and not use_head and domain.task == "refer":
-        answers = [[box._replace(label="object") for box in boxes] for boxes in answers]
     return answers
+
+
+def answer_of(domain: Domain, text: str) -> str | list[Box]:
+    """A decoded answer in the form that the domain's metric takes."""
+    if not domain.boxed:
+        return text
+    boxes = boxes_from(text)
+    return [box._replace(label="object") for box in boxes] if domain.task == "refer" else boxes
 
 
 def _equal_lengths(tails: Sequence[list[int]], images: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ from engine.build import build, find_adapters
 from engine.clock import WallClock
 from engine.decoder import Decoder
 from engine.fusion.domains import Domain, DomainError, load_domains
-from engine.fusion.evaluate import ROOM, predict
+from engine.fusion.evaluate import ROOM, answer_of, predict
 from engine.fusion.latency import command, prompt_of, tell
 from engine.fusion.merged import merge_heads
 from engine.fusion.metrics import Box, score
@@ -150,7 +150,7 @@ def _served(model: Model, asked: Sequence[Asked], packing: dict[str, str], adapt
 def _said(bench: Workbench, domain: Domain, head: Head | None, answer: Answer) -> str | list[Box]:
     """What the engine answered, in the form that the metrics take."""
     if answer.head is None:
-        return bench.wording.text(answer.tokens)
+        return answer_of(domain, bench.wording.text(answer.tokens))
     if not isinstance(answer.head, Detection):
         return _label(domain, head.rows[answer.head])
     if not domain.boxed:
