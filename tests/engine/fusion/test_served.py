@@ -8,10 +8,10 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from engine.fusion.evaluate import answer_of  # noqa: E402
-from engine.fusion.metrics import Box, score  # noqa: E402
-from engine.fusion.served import _said  # noqa: E402
-from engine.runner import Answer  # noqa: E402
+from engine.fusion.evaluate import answer_of
+from engine.fusion.metrics import Box, score
+from engine.fusion.served import _said
+from engine.runner import Answer
 
 WRITTEN = {0: "cup [10, 20, 30, 40]", 1: "no box at all"}
 
