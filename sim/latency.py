@@ -49,12 +49,7 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
     if work.prefills or not decodes:
         if decodes:
             attention += cost.attention_at(decodes, work.context_tokens, mixed=True)
-        gpu = linear + attention + vision + lora + switch
-        if linear < 0:  # the vision tower was faster by more than the rest takes
-            linear, vision = 0, vision + linear
-        step = max(gpu, floor)
-        total = boundary_ps + step
-        return Run(1, total, step, total, (linear, attention, vision, lora, total - gpu, switch), ())
+        return _single(linear, attention, vision, lora, floor, switch, boundary_ps)
     starts, values, slopes = cost.segments(decodes)
     context = work.context_tokens
     at = bisect_right(starts, context) - 1
@@ -98,6 +93,16 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
         context += decodes * count
     parts = (steps * linear, total - host - switch - steps * steady, 0, steps * lora, host, switch)
     return Run(steps, first, last, total, parts, pieces)
+
+
+def _single(linear: int, attention: int, vision: int, lora: int, floor: int, switch: int, boundary_ps: int) -> Run:
+    """The one step of a lease with prompts, of the parts that `Cost.fixed` tells and its decodes' attention."""
+    gpu = linear + attention + vision + lora + switch
+    if linear < 0:  # the vision tower was faster by more than the rest takes
+        linear, vision = 0, vision + linear
+    step = max(gpu, floor)
+    total = boundary_ps + step
+    return Run(1, total, step, total, (linear, attention, vision, lora, total - gpu, switch), ())
 
 
 def _steps_until(step: int, growth: int, wanted: int, most: int) -> int:
