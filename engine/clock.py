@@ -132,8 +132,7 @@ class MockedClock:
                 self._slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - self._now_ps)
             idle = self._end_ps != self._now_ps
             self._now_ps += cost.lease_ps(work, self._started, idle=idle)
-            if work.prefills:
-                self._slow_ps += self._clock.extra_ps(cost, work, self._now_ps)
+            self._slow_ps += self._clock.extra_ps(cost, work, self._now_ps)
             self._started = 0
         self._now_ps += cost.step_ps(work, number, self._slow_ps)
         self._end_ps = self._now_ps

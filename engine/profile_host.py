@@ -19,9 +19,8 @@ from engine.stage import Stage, spread
 from policies import Policy, make_policy
 from policies.journal import result
 from policies.plan import Plan, Work
-from policies.recorded import leases
+from policies.recorded import Lease, leases
 from policies.view import View
-from traces.record import RunResult
 from traces.request import Adapter, Trace
 
 BUSY, APART, QUIET = 48, 32, 8
@@ -79,30 +78,27 @@ def host_scene(stage: Stage, name: str, *, seconds: float) -> Row:
         Driver(trace, watched, engine.ledger, engine.cost, engine.journal, clock, engine.runner).run()
     run = result([engine.journal], policy=name, operator=engine.operator, counters={"end_ns": 0}, config={})
     stage.renew()
-    rows = [row for lease, row in zip(leases(run), lease_rows(run), strict=True) if _by_graph(engine, lease.work)]
+    rows = [lease_row(lease) for lease in leases(run) if _by_graph(engine, lease.work)]
     return {"what": "host", "policy": name, "operator": engine.operator, "decide": spread(watched.times_us), "leases": rows,
             **spread(watched.times_us)}  # fmt: skip
 
 
-def lease_rows(run: RunResult) -> list[dict]:
-    """What a record tells of each of its leases, in microseconds, as a row of measurements keeps it.
+def lease_row(lease: Lease) -> dict:
+    """What a record tells of a lease, in microseconds, as a row of measurements keeps it.
 
     gap_us: since the GPU was free (certain where `known`); host_us: until the first step was on the GPU, beyond a switch and
     the vision tower; forward_us: the first step without all those.
     """
-    found = []
-    for lease in leases(run):
-        work, first = lease.work, lease.first_ns - lease.start_ns
-        us = {
-            "start_us": lease.start_ns, "gap_us": lease.start_ns - lease.free_ns, "host_us": lease.host_ns,
-            "forward_us": first - lease.host_ns - lease.vision_ns - lease.switch_ns, "vision_us": lease.vision_ns,
-        }  # fmt: skip
-        found.append({
-            **{name: ns / 1e3 for name, ns in us.items()}, "loads": lease.loads, "idle": int(lease.idle),
-            "loading": int(lease.loading), "known": int(lease.known),
-            "work": [*work[:3], list(map(list, work.prefills)), *work[4:]],
-        })  # fmt: skip
-    return found
+    work, first = lease.work, lease.first_ns - lease.start_ns
+    us = {
+        "start_us": lease.start_ns, "gap_us": lease.start_ns - lease.free_ns, "host_us": lease.host_ns,
+        "forward_us": first - lease.host_ns - lease.vision_ns - lease.switch_ns, "vision_us": lease.vision_ns,
+    }  # fmt: skip
+    return {
+        **{name: ns / 1e3 for name, ns in us.items()}, "loads": lease.loads, "idle": int(lease.idle),
+        "loading": int(lease.loading), "known": int(lease.known),
+        "work": [*work[:3], list(map(list, work.prefills)), *work[4:]],
+    }  # fmt: skip
 
 
 def _by_graph(engine: Engine, work: Work) -> bool:

@@ -58,7 +58,7 @@ class GpuClock:
     def extra_ps(self, cost: Cost, work: Work, start_ps: int) -> int:
         """What the first step of `work`, on the GPU from `start_ps` on, takes more (below 0: less) than its tables say."""
         boost = self._boost
-        if boost is None:
+        if boost is None or not work.prefills:
             return 0
         _, _, vision_ps, _, _, switch_ps = cost.fixed(work)
         tower = self._hard(start_ps + switch_ps, vision_ps, 0, boost.vision_rested, boost.vision_settled)
