@@ -29,6 +29,7 @@ PADDED = ("vllm", "dlora", "grouped")
 ANY = 999_999
 """Adapters up to which a mixture has one curve: it is timed with as many as there are."""
 MANY, DEARER = 1024, 1.1
+MOST_SKEW = 2.0
 CLOCK_ROUNDS = 3
 """After which neither changes by more than a clock tells."""
 QUADRATIC_AT = (1, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
@@ -232,6 +233,22 @@ def lora(rows: Mapping[str, Row], linear: Mapping[int, float], clock: Boost | No
     return raw
 
 
+def skews(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...]) -> dict[str, float]:
+    """Operator -> how much of what `Cost` adds for the rows of one adapter it really takes, where that was measured."""
+    found = {}
+    for operator in profile.lora:
+        cost, added, over = Cost(profile, operator, "fused", adapters), [], []
+        for key, row in rows.items():
+            if row["what"] == "skew" and key.split()[1] == operator:
+                work = work_of(row["work"])
+                even, whole = (cost.fixed(w)[3] / 1e6 for w in (work._replace(largest=0), work))
+                added.append(whole - even)
+                over.append(beside(row["us"], row["plain_us"], work.decodes + work.prefill_tokens, profile.boost) - even)
+        if any(added):
+            found[operator] = float(np.clip(np.dot(added, over) / np.dot(added, added), 0, MOST_SKEW))
+    return found
+
+
 def capped(points: Points) -> Points:
     """Points of a branch, in which a row costs at most DEARER more than at the size before, once there are MANY: what a step
     took longer than that is its clock's, which fell meanwhile."""
@@ -369,6 +386,8 @@ def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: 
             clock = clock_of(rows, parse(), adapters)
             if clock:
                 data |= tables(rows, facts, clock) | {"boost": asdict(clock)}
+        for operator, share in skews(rows, parse(), adapters).items():
+            data["lora"][operator]["skew"] = rounded(share)
         steps = checked(rows, parse(), adapters)
         if steps:
             ratios = [measured / predicted for _, measured, predicted in steps]

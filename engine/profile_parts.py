@@ -26,6 +26,8 @@ NEAR = 16
 MIX = 256
 """Rows of the steps with prompts whose decodes' attention is told apart."""
 
+SKEWED = ((16, 240), (48, 208), (16, 1008), (48, 976))
+"""(requests that decode, of all adapters in turn; rows of a prompt of one of them): steps as replays have them."""
 STEADY = 256
 """Rows up to which a step waits for memory and leaves the GPU's clock where it is."""
 
@@ -116,13 +118,14 @@ def prefill_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], decodes
     return measured(stage, plan, what, chunks=len(sizes), requests=decodes[0], adapters=adapters, mode=mode)
 
 
-def branch_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], adapters: int, mode: str, merged: int = -1) -> Row:
+def branch_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], adapters: int, mode: str, merged: int = -1,
+                 decodes: tuple[int, int] = (0, 0)) -> Row:  # fmt: skip
     """`prefill_scene` with a branch, behind the same step without, and for many rows before another. plain_us: their mean.
     Under a load of prompts the GPU's clock drifts by more than the branch costs; within a second it hardly does."""
-    plain = [prefill_scene(stage, what, sizes)["us"]]
-    row = prefill_scene(stage, what, sizes, (0, 0), adapters, mode, merged)
+    plain = [prefill_scene(stage, what, sizes, decodes)["us"]]
+    row = prefill_scene(stage, what, sizes, decodes, adapters, mode, merged)
     if sum(tokens for tokens, _ in sizes) > STEADY:
-        plain.append(prefill_scene(stage, what, sizes)["us"])
+        plain.append(prefill_scene(stage, what, sizes, decodes)["us"])
     return row | {"plain_us": sum(plain) / len(plain)}
 
 
@@ -266,6 +269,11 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
             sizes = [(rows // several, 0)] * several
             yield (f"lora {operator} {rank} prefill {rows} {several}",
                    lambda stage, s=sizes, a=several: branch_scene(stage, "lora", s, a, "unmerged"))  # fmt: skip
+    for requests, rows in SKEWED:
+        if requests < decodes[-1] and requests + rows in tokens and adapters > 1:
+            yield (f"skew {operator} {rank} {requests} {rows}",
+                   lambda stage, n=requests, t=rows: branch_scene(stage, "skew", [(t, 0)], adapters, "unmerged",
+                                                                  decodes=(n, NEAR)))  # fmt: skip
     others = adapters - 1
     if mixture and others > 0:
         for batch in [b for b in decodes if b > 1]:

@@ -99,7 +99,7 @@ class Cost:
                     rank: {n: self._curve(f"lora {phase}", points) for n, points in sorted(by_adapters.items())}
                     for rank, by_adapters in sorted(table.items())
                 }
-        self._padded = profile.pads(operator)
+        self._padded, self._skew = profile.pads(operator), profile.skew(operator)
         self._host_ps = round(profile.host_step_us * PS_PER_US)
         self._host_request_ps = round(profile.host_request_us * PS_PER_US)
         lease = {part: round(profile.lease_us.get(part, 0) * PS_PER_US) for part in LEASE_PARTS}
@@ -234,7 +234,7 @@ class Cost:
 
         Tables are of rows spread evenly over adapters. Where one has twice its share or more, its rows count by themselves
         and the others' beside them, for kernels whose programs take a whole adapter each wait for the largest; in between,
-        in proportion.
+        in proportion. How much of that an operator really takes is measured (`Profile.skew`).
         """
         if not rows:
             return 0
@@ -245,7 +245,7 @@ class Cost:
             return even
         others = self.lora_ps(rows - largest, adapters - 1, rank, phase) - self.lora_ps(1, 1, rank, phase)  # launched once
         apart = self.lora_ps(largest, 1, rank, phase) + max(0, others)
-        return even + max(0, apart - even) * over // rows
+        return even + round(self._skew * (max(0, apart - even) * over // rows))
 
     def step_ps(self, work: Work, number: int = 0, slow_ps: int = 0) -> int:
         """Time of step `number` of a lease (0 the first, which alone has prefills, images and a switch), without what its

@@ -49,9 +49,10 @@ class Profile:
     kind: "measured", "analytic", or "extrapolated" (a measured table scaled to another GPU). linear: whole forward pass
     but attention, vision, LoRA and LM head, by tokens. decode_attention: batch -> points over the mean context.
     prefill_attention: context before the chunk -> points over its tokens. vision: by images encoded together. output: LM
-    head, by rows. lora: operator -> {LORA_PHASES: {rank: {adapters: points over tokens}}, "pads": bool}, the branch of all
-    layers. switch: way -> points over the rank. Sizes are bytes; image_tokens is per image. host_step_us, host_request_us:
-    the host's part of a step, hidden behind the GPU: a step takes the longer of both. load_gb_per_s: of an adapter's copy.
+    head, by rows. lora: operator -> {LORA_PHASES: {rank: {adapters: points over tokens}}, "pads": bool, "skew": float}, the
+    branch of all layers. switch: way -> points over the rank. Sizes are bytes; image_tokens is per image. host_step_us,
+    host_request_us: the host's part of a step, hidden behind the GPU: a step takes the longer of both. load_gb_per_s: of an
+    adapter's copy.
 
     What only an engine has, neutral where a file lacks it. steps_ahead: 1 where a further step is under way when an event
     is noticed at a step's end. rank_align: in memory a rank is padded to a multiple of it. prefill_linear: `linear` of steps
@@ -105,11 +106,15 @@ class Profile:
             has = ", ".join(sorted(entries))
             raise ProfileError(f"profile {self.name} has no {table} table {name!r}; {hint}it has {has}")
         entry = entries[name]
-        return {key: value for key, value in entry.items() if key != "pads"} if table == "lora" else entry
+        return {key: value for key, value in entry.items() if key in LORA_PHASES} if table == "lora" else entry
 
     def pads(self, operator: str) -> bool:
         """True if `operator` computes every adapter at the largest rank of the batch."""
         return operator != "none" and bool(self.lora[operator].get("pads", False))
+
+    def skew(self, operator: str) -> float:
+        """Share of what `Cost` adds for rows of one adapter that `operator` really takes (1 where nobody measured it)."""
+        return 1.0 if operator == "none" else self.lora[operator].get("skew", 1.0)
 
     def adapter_bytes(self, rank: int) -> int:
         """Bytes of an adapter's factors in 16 bit, its rank padded to rank_align."""
@@ -142,7 +147,7 @@ def shifted(profile: Profile, side: int) -> Profile:
 
     lora = {
         operator: {
-            phase: {rank: each(curves, "lora") for rank, curves in ranks.items()} if phase != "pads" else ranks
+            phase: {rank: each(curves, "lora") for rank, curves in ranks.items()} if phase in LORA_PHASES else ranks
             for phase, ranks in phases.items()
         }
         for operator, phases in profile.lora.items()
@@ -296,6 +301,9 @@ def _operator(where: str, value) -> dict:
     if not {"decode", "prefill"} <= set(table):
         raise ProfileError(f"{where}: needs the tables decode and prefill, has {', '.join(sorted(table))}")
     parsed: dict = {"pads": bool(table.get("pads", False))}
+    if "skew" in table:
+        _finite(f"{where}.skew", table["skew"])
+        parsed["skew"] = float(table["skew"])
     for phase in [phase for phase in LORA_PHASES if phase in table]:
         parsed[phase] = {
             rank: {

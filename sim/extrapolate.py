@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from policies.profile import Profile, ProfileError, load_profile
+from policies.profile import LORA_PHASES, Profile, ProfileError, load_profile
 from sim.__main__ import PROFILES, find_profile
 from traces.suggest import SuggestingParser, near
 
@@ -79,7 +79,7 @@ def _points(points: list, ratio: Callable[[float], float]) -> list:
 def _operator(table: dict, ratio: float) -> dict:
     """The branch reads and writes rows and factors for few operations a byte: memory bounds it in either phase."""
     return {
-        phase: ranks if phase == "pads" else {
+        phase: ranks if phase not in LORA_PHASES else {
             rank: {adapters: _points(points, lambda _: ratio) for adapters, points in curves.items()}
             for rank, curves in ranks.items()
         }

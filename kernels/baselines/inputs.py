@@ -18,6 +18,8 @@ import triton.language as tl
 
 from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 
+MOST_TILES = 16
+
 
 class Segments(NamedTuple):
     """int32 tensors over the pool's slots. Segment i < adapters: rows perm[start[i]:stop[i]] ask for adapter slot[i].
@@ -92,6 +94,15 @@ def refresh(batch: LoraBatch) -> Segments:
     )
     _CACHE[batch] = (batch.segments, table)
     return table
+
+
+def row_tiles(batch: LoraBatch, rows: int, longest: int) -> int:
+    """Programs that share a segment, each `rows` rows at a time: as many as the `longest` needs. A batch that was fixed for
+    a graph does not know its replays' segments: as many as one of all its rows needs, up to MOST_TILES, which fill a GPU
+    while programs that find nothing to do still cost little."""
+    if batch._fixed is None:
+        return triton.cdiv(longest, rows)
+    return min(triton.cdiv(batch.tokens, rows), MOST_TILES)
 
 
 def lies_sorted(batch: LoraBatch) -> bool:

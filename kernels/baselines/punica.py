@@ -26,6 +26,7 @@ from kernels.baselines.inputs import (
     column_block,
     column_blocks,
     padded_rank,
+    row_tiles,
     segments,
     shrunk_tile,
     width_constants,
@@ -174,7 +175,7 @@ def sgmv(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, key
         x, a, v, *where, x.stride(0), a.stride(0), tokens,
         D_IN=projection.d_in, R=rank, BM=SGMV_ROWS, BR=SGMV_RANK, BK=SGMV_K, SPLIT=split, num_warps=4,
     )
-    tiles = triton.cdiv(triton.cdiv(tokens, batch.adapters), EXPAND_ROWS)
+    tiles = row_tiles(batch, EXPAND_ROWS, triton.cdiv(tokens, batch.adapters))
     _sgmv_expand[(column_blocks(projection, EXPAND_COLUMNS), batch.adapters, tiles)](
         y, v, b, *where, pool.scale, y.stride(0), tokens,
         D_OUT=projection.d_out, R=rank, BM=EXPAND_ROWS, BN=EXPAND_COLUMNS, num_warps=4, **width_constants(projection),

@@ -25,6 +25,7 @@ from kernels.baselines.inputs import (
     column_block,
     column_blocks,
     padded_rank,
+    row_tiles,
     segments,
     shrunk_tile,
     width_constants,
@@ -142,7 +143,7 @@ def mbgmm(y: torch.Tensor, x: torch.Tensor, pool: LoraPool, batch: LoraBatch, ke
     table = segments(batch)
     where = (batch.perm, table.slot, table.start, table.stop, pool.offset, pool.rank)
     longest = max((len(rows) for _, rows in batch.segments), default=1)
-    blocks, tiles = triton.cdiv(rank, MBGMM_RANK), triton.cdiv(longest, MBGMM_ROWS)
+    blocks, tiles = triton.cdiv(rank, MBGMM_RANK), row_tiles(batch, MBGMM_ROWS, longest)
     _mbgmm_shrink[(blocks * slices, batch.adapters, tiles)](
         x, a, v, *where, x.stride(0), a.stride(0), tokens, BLOCKS=blocks,
         D_IN=projection.d_in, R=rank, BM=MBGMM_ROWS, BR=MBGMM_RANK, BK=MBGMM_K, num_warps=4, num_stages=2,
