@@ -23,6 +23,8 @@ FEWEST = 60
 """Steps below which nothing is fitted."""
 LEAST, MOST = 0.75, 3.0
 """Bounds of a factor. An H200's highest clock is 1,980 MHz; products of matrices at 700 W settle at about 1,500."""
+DELAYED = 0.1
+"""Relative error from which it does not matter for the time constant how much a step is off."""
 TOWARDS_1 = 0.5
 """Weight, in steps, of the guess that a factor is 1."""
 
@@ -41,7 +43,7 @@ class Step(NamedTuple):
 
 
 def fit(replays: Sequence[Sequence[Step]]) -> tuple[Boost, float] | None:
-    """(what the profile says of the clock, median relative error with it); None where there are too few steps."""
+    """(what the profile says of the clock, mean relative error with it); None where there are too few steps."""
     steps = [step for replay in replays for step in replay]
     if len(steps) < FEWEST:
         return None
@@ -54,7 +56,8 @@ def fit(replays: Sequence[Sequence[Step]]) -> tuple[Boost, float] | None:
     best = None
     for tau_us in TAUS_US:
         before, during = np.concatenate([_states(replay, tau_us) for replay in replays if replay]).T
-        factors, error = _robust(np.hstack([hats * (1 - during)[:, None], hats * during[:, None]]), ratios)
+        factors, off = _robust(np.hstack([hats * (1 - during)[:, None], hats * during[:, None]]), ratios)
+        error = float(np.minimum(off, DELAYED).mean())
         if best is None or error < best[0]:
             tower = _robust(np.stack([1 - before, before], 1)[seen], towers)[0] if seen.any() else np.ones(2)
             best = error, tau_us, factors, tower
@@ -78,9 +81,9 @@ def _states(replay: Sequence[Step], tau_us: float) -> np.ndarray:
     return np.array(found)
 
 
-def _robust(matrix: np.ndarray, ratios: np.ndarray) -> tuple[np.ndarray, float]:
+def _robust(matrix: np.ndarray, ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least squares without the steps that something else delayed (further off than six median errors), no factor below
-    LEAST; the median error."""
+    LEAST; each step's error."""
     pull = np.sqrt(TOWARDS_1) * np.eye(matrix.shape[1])
     kept, factors = np.ones(len(ratios), bool), np.ones(matrix.shape[1])
     for _ in range(5):
@@ -94,4 +97,4 @@ def _robust(matrix: np.ndarray, ratios: np.ndarray) -> tuple[np.ndarray, float]:
             free &= factors > LEAST
         off = np.abs(matrix @ factors - ratios)
         kept = off <= 6 * max(float(np.median(off)), 1e-6)
-    return np.minimum(factors, MOST), float(np.median(off))
+    return np.minimum(factors, MOST), off
