@@ -16,8 +16,10 @@ from statistics import median
 
 import numpy as np
 
-from engine.profile_boost import Step, fit
+from engine.least_squares import non_negative, robust
+from engine.profile_boost import Steady, Step, fit
 from engine.profile_parts import Row
+from engine.stage import WARM_STEPS
 from policies.boost import factor_at
 from policies.cost import Cost
 from policies.plan import Work
@@ -110,21 +112,6 @@ def chunk_attention(rows: Mapping[str, Row]) -> tuple[float, float]:
             left.append([sum(t * t for t, _ in chunks) - tokens * tokens, len(chunks) - 1])
             right.append(row["us"] - whole[tokens])
     return tuple(non_negative(left, right)) if left else (0.0, 0.0)
-
-
-def non_negative(left: list[list[float]], right: list[float]) -> list[float]:
-    """Least squares with no coefficient below 0: those that would be are left out, one after another."""
-    matrix, wanted = np.array(left, float), np.array(right, float)
-    kept = [i for i in range(matrix.shape[1]) if matrix[:, i].any()]
-    found = np.zeros(matrix.shape[1])
-    while kept:
-        scale = np.abs(matrix[:, kept]).max(axis=0)
-        part = np.linalg.lstsq(matrix[:, kept] / scale, wanted, rcond=None)[0] / scale
-        if (part >= 0).all():
-            found[kept] = part
-            break
-        kept.pop(int(np.argmin(part * scale)))
-    return found.tolist()
 
 
 def decode_attention(rows: list[Row], linear: list[Row]) -> dict[str, Points]:
@@ -337,22 +324,12 @@ def clock_of(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter,
                 hard, rest = cost.forward_ps(work)
                 began = lease["start_us"] + lease["host_us"] + lease["vision_us"]
                 replay.append(Step(began, lease["forward_us"], work.decodes + work.prefill_tokens, hard / 1e6, rest / 1e6,
-                                   lease["vision_us"], cost.fixed(work)[2] / 1e6))  # fmt: skip
+                                   lease["vision_us"], cost.fixed(work)[2] / 1e6,
+                                   not (lease["loads"] or lease["loading"])))  # fmt: skip
         replays.append(replay)
-    found = fit(replays)
+    found = fit(replays, [Steady(row["work"][4], row["us"], WARM_STEPS + row["times"]) for row in rows.values()
+                          if row["what"] in ("prefill", "pieces")])  # fmt: skip
     return found and found[0]
-
-
-def robust(left: list[list[float]], right: list[float]) -> list[float]:
-    """`non_negative` without the leases that something else delayed: further off than six median deviations."""
-    matrix, wanted = np.array(left, float), np.array(right, float)
-    kept = np.ones(len(wanted), bool)
-    found: list[float] = []
-    for _ in range(4):
-        found = non_negative(matrix[kept].tolist(), wanted[kept].tolist())
-        off = np.abs(wanted - matrix @ np.array(found))
-        kept = off <= 6 * max(float(np.median(off)), 1e-3)
-    return found
 
 
 def checked(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...]) -> list[tuple[str, float, float]]:

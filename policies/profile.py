@@ -28,10 +28,12 @@ LORA_PHASES = ("decode", "prefill", "mixture_decode", "mixture_prefill")
 
 @dataclass(frozen=True)
 class Boost:
-    """How a GPU's clock settles under load (`policies.boost`). tau_us: its time constant. rested, settled: by the rows of a
-    step with prompts, its time over what the tables say, before and after. vision_rested, vision_settled: of the tower."""
+    """How a GPU's clock settles under load (`policies.boost`). settle_us, rest_us: time constants under load and after it.
+    rested, settled: by the rows of a step with prompts, its time over what the tables say, before and after. vision_rested,
+    vision_settled: of the tower."""
 
-    tau_us: float
+    settle_us: float
+    rest_us: float
     rested: Points
     settled: Points
     vision_rested: float = 1.0
@@ -269,8 +271,9 @@ def _boost(where: str, value) -> Boost:
         if name not in tables:
             _finite(f"{where}: {name}", value[name])
     factors = [factor for points in tables.values() for _, factor in points]
-    if not value["tau_us"] or not all(0 < factor < 10 for factor in (*factors, *(value[name] for name in names[3:]))):
-        raise ProfileError(f"{where}: tau_us and factors must be above 0, and factors below 10")
+    taus, towers = (value["settle_us"], value["rest_us"]), (value["vision_rested"], value["vision_settled"])
+    if not all(taus) or not all(0 < factor < 10 for factor in (*factors, *towers)):
+        raise ProfileError(f"{where}: settle_us, rest_us and factors must be above 0, and factors below 10")
     return Boost(**{**value, **tables})
 
 
