@@ -115,17 +115,26 @@ def chunk_attention(rows: Mapping[str, Row]) -> tuple[float, float]:
 
 
 def decode_attention(rows: list[Row], linear: list[Row]) -> dict[str, Points]:
-    """By batch, over the mean context: what a step takes longer than with hardly any."""
+    """By batch, over the mean context: what a step takes longer than with hardly any.
+
+    From a few hundred tokens on it grows in proportion to the keys that it reads; a step that scattered tells less of them.
+    """
     near = {row["requests"]: row for row in linear}
-    table: dict[int, Points] = {}
+    found: dict[int, list[Row]] = {}
     for row in rows:
-        base = near.get(row["requests"])
-        if base is not None:
-            points = table.setdefault(row["requests"], [[base["context"], 0.0]])
-            points.append([row["context"], row["us"] - base["us"]])
-    if not table:
+        if row["requests"] in near:
+            found.setdefault(row["requests"], []).append(row)
+    if not found:
         raise UnfinishedError("no batch has both a step with and one without context; measure --parts linear,attention")
-    return {str(batch): rising(points) for batch, points in sorted(table.items())}
+    table = {}
+    for batch, several in sorted(found.items()):
+        base = near[batch]
+        keys = [row["context"] - base["context"] for row in several]
+        told = [1 / max(row["p90"] - row["p10"], 1e-3 * row["us"]) for row in several]
+        once, each = non_negative([[w, w * k] for k, w in zip(keys, told, strict=True)],
+                                  [w * (row["us"] - base["us"]) for row, w in zip(several, told, strict=True)])  # fmt: skip
+        table[str(batch)] = [[base["context"], 0.0], *([base["context"] + k, once + each * k] for k in sorted(keys))]
+    return table
 
 
 def rising(points: Points) -> Points:
