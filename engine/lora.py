@@ -14,7 +14,7 @@ import torch
 from engine.decoder import ATTENTION, SLICES, Branch, Decoder, projections_of
 from kernels.baselines import OPERATORS as RIVALS
 from kernels.batch import RANK_ALIGN, Key, LoraBatch, LoraError, LoraPool
-from kernels.merge import NO_SLOT, WeightSwitch, pool_factors
+from kernels.merge import NO_SLOT, WeightSwitch
 from policies.plan import MIXTURE, UNMERGED
 from traces.request import Adapter
 
@@ -67,6 +67,7 @@ class Lora:
         if merges and slots:
             parts = [part for key in self._keys for part in _slices(decoder, key)]
             self.switch = WeightSwitch(parts, slots=slots)
+            self.switch.attach(self.pool, self._keys)
 
     # -- residents --------------------------------------------------------------------------------------------------
     def compact(self) -> None:
@@ -90,7 +91,8 @@ class Lora:
         """The factors of `adapter` lie in the pool: make the switch know them."""
         self._moved.discard(adapter)
         if self.switch is not None:
-            self.switch.register(adapter, pool_factors(self.pool, adapter, self._keys))
+            pool = self.pool
+            self.switch.place(adapter, pool.offsets[adapter], pool.true_ranks[adapter], pool.scales[adapter])
 
     def evict(self, adapter: int) -> None:
         """Give the rows of `adapter` back."""

@@ -33,6 +33,8 @@ TOWARDS_1, SMOOTH = 0.5, 100.0
 """Weights, in steps, of the guesses that a factor is 1, and that two neighbouring sizes slow down alike. (Each left out in
 turn, the replays of three models were best predicted with 100 and more.)"""
 ROUNDS = 8
+REPEATS = 0.005
+"""Relative error of repeats, below which a step counts in full."""
 
 
 class Step(NamedTuple):
@@ -88,7 +90,7 @@ def _least(matrix: np.ndarray, ratios: np.ndarray, prior: np.ndarray, wanted: np
         left, right = np.vstack([matrix * weights[:, None], prior]), np.concatenate([ratios * weights, wanted])
         factors = np.linalg.lstsq(left, right, rcond=None)[0]
         off = np.abs(matrix @ factors - ratios)
-        weights = np.sqrt(np.minimum(1.0, max(float(np.median(off)), 1e-9) / np.maximum(off, 1e-12)))
+        weights = np.sqrt(np.minimum(1.0, max(float(np.median(off)), REPEATS) / np.maximum(off, 1e-12)))
     return factors, off
 
 

@@ -18,20 +18,13 @@ import numpy as np
 
 from engine.least_squares import non_negative, robust
 from engine.profile_boost import Steady, Step, fit
+from engine.profile_lora import beside, branches, skews, work_of
 from engine.profile_parts import Row
 from engine.stage import WARM_STEPS
-from policies.boost import factor_at
 from policies.cost import Cost
-from policies.plan import Work
 from policies.profile import LEASE_PARTS, Boost, Profile, ProfileError, parse_profile
 from traces.request import Adapter
 
-PADDED = ("vllm", "dlora", "grouped")
-"""Operators that compute every adapter of a batch at its largest rank."""
-ANY = 999_999
-"""Adapters up to which a mixture has one curve: it is timed with as many as there are."""
-MANY, DEARER = 1024, 1.1
-MOST_SKEW = 2.0
 CLOCK_ROUNDS = 3
 """After which neither changes by more than a clock tells."""
 QUADRATIC_AT = (1, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192)
@@ -68,7 +61,7 @@ def tables(rows: Mapping[str, Row], facts: Mapping, clock: Boost | None = None) 
         "mixed_attention": mixed_attention(by.get("mixed", []), steps_of(after, stairs), none, decode, clock),
         "vision": sorted([row["images"], row["us"]] for row in by["vision"]),
         "output": [[1, 0.0]],
-        "lora": lora(rows, linear, clock),
+        "lora": branches(rows, linear, clock),
         "switch": switches(by.get("switch", []), facts),
         **loads(by["load"]),
         "scatter": {what: scatter_of(found) for what, found in sorted(behind(by).items()) if found},
@@ -191,70 +184,6 @@ def mixed_attention(rows: list[Row], linear: Points, none, decode: Mapping[str, 
     return {str(batch): rising(points) for batch, points in sorted(table.items())}
 
 
-def beside(us: float, hard: float, tokens: int, clock: Boost | None) -> float:
-    """What a step of prompts takes beside its products of matrices, which by themselves, one behind another, take `hard` us.
-
-    Beside something else that is less hard on the GPU the clock is higher, so they take less than that.
-    """
-    if clock and us > 0:
-        rested, settled = (factor_at(points, tokens) for points in (clock.rested, clock.settled))
-        hard *= (rested + (settled - rested) * min(1.0, hard / us)) / settled
-    return max(us - hard, 0.0)
-
-
-def lora(rows: Mapping[str, Row], linear: Mapping[int, float], clock: Boost | None) -> dict[str, dict]:
-    """Operator -> phase -> rank -> adapters -> points: what a step takes longer than the same without its branch."""
-    raw: dict[str, dict] = {}
-    for key, row in rows.items():
-        if row["what"] not in ("lora", "mixture"):
-            continue
-        work = work_of(row["work"])
-        operator, rank = (key.split()[1:3]) if row["what"] == "lora" else ("atmm", key.split()[1])
-        phase = ("mixture_" if row["what"] == "mixture" else "") + ("prefill" if work.prefills else "decode")
-        if work.prefills:
-            branch = beside(row["us"], row["plain_us"], work.prefill_tokens, clock)
-        else:
-            branch = max(row["us"] - linear[work.decodes], 0.0)
-        adapters = work.adapters if row["what"] == "lora" else ANY
-        ranks = raw.setdefault(operator, {}).setdefault(phase, {}).setdefault(rank, {})
-        ranks.setdefault(adapters, []).append([work.lora_tokens, branch])
-    for operator, phases in list(raw.items()):
-        if not {"decode", "prefill"} <= phases.keys():
-            del raw[operator]
-            continue
-        for ranks in phases.values():
-            for rank, by_adapters in ranks.items():
-                ranks[rank] = {str(n): capped(sorted(points)) for n, points in sorted(by_adapters.items())}
-        phases["pads"] = operator in PADDED
-    return raw
-
-
-def skews(rows: Mapping[str, Row], profile: Profile, adapters: tuple[Adapter, ...]) -> dict[str, float]:
-    """Operator -> how much of what `Cost` adds for the rows of one adapter it really takes, where that was measured."""
-    found = {}
-    for operator in profile.lora:
-        cost, added, over = Cost(profile, operator, "fused", adapters), [], []
-        for key, row in rows.items():
-            if row["what"] == "skew" and key.split()[1] == operator:
-                work = work_of(row["work"])
-                even, whole = (cost.fixed(w)[3] / 1e6 for w in (work._replace(largest=0), work))
-                added.append(whole - even)
-                over.append(beside(row["us"], row["plain_us"], work.decodes + work.prefill_tokens, profile.boost) - even)
-        if any(added):
-            found[operator] = float(np.clip(np.dot(added, over) / np.dot(added, added), 0, MOST_SKEW))
-    return found
-
-
-def capped(points: Points) -> Points:
-    """Points of a branch, in which a row costs at most DEARER more than at the size before, once there are MANY: what a step
-    took longer than that is its clock's, which fell meanwhile."""
-    found = points[:1]
-    for x, y in points[1:]:
-        before, us = found[-1]
-        found.append([x, min(y, DEARER * us * x / before)] if before >= MANY else [x, y])
-    return found
-
-
 def switches(rows: list[Row], facts: Mapping) -> dict[str, Points]:
     """What the engine's one-launch switch takes, by rank: in, out and over to another, the mean. Other ways: as measured by
     themselves (facts["switches"])."""
@@ -274,11 +203,6 @@ def loads(rows: list[Row]) -> dict:
         latency = max(0.0, short - small * (long - short) / (large - small))
     speed = large / 1e3 / max(1e-3, long - latency)  # bytes per us are MB/s
     return {"load_gb_per_s": speed, "load_latency_us": latency, "load_slowdown": median(row["slowdown"] for row in rows)}
-
-
-def work_of(values: list) -> Work:
-    """A Work from a row."""
-    return Work(*values[:3], tuple(map(tuple, values[3])), *values[4:])
 
 
 def rounded(value):

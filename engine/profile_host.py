@@ -51,11 +51,12 @@ def traffic(engine: Engine, config: EngineConfig, adapters: tuple[Adapter, ...],
     shape, n = engine.runner.model.shape, BUSY + APART + QUIET
     longest = min(600, config.limits.max_context // 3)
     prompt = rng.integers(min(16, longest - 1), longest, n)
-    images = np.where((np.arange(n) % 3 == 0) & (shape.image_tokens + 8 <= config.limits.max_context // 2), 1, 0)
-    prompt = np.where(images > 0, np.maximum(shape.image_tokens + 8, 16), prompt)
+    most = min(3, (min(config.limits.max_context // 2, config.limits.max_batch_tokens) - 8) // shape.image_tokens)
+    images = np.where((np.arange(n) % 3 == 0) & (most > 0), 1 + np.arange(n) // 3 % max(1, most), 0)
+    prompt = np.where(images > 0, np.maximum(images * shape.image_tokens + 8, 16), prompt)
     output = rng.integers(4, min(48, config.limits.max_context // 4), n)
     prompt[BUSY:-QUIET] = rng.integers(min(16, longest - 1), min(2 * longest, config.limits.max_batch_tokens) + 1, APART)
-    images[BUSY:] *= prompt[BUSY:] > shape.image_tokens
+    images[BUSY:] = np.minimum(images[BUSY:], (prompt[BUSY:] - 1) // shape.image_tokens)
     arrival = np.concatenate([np.sort(rng.uniform(0, busy_s, BUSY)), np.sort(rng.uniform(2 * busy_s, 4 * busy_s, APART)),
                               4 * busy_s + quiet_s * np.arange(1, QUIET + 1)])  # fmt: skip
     arrival[: BUSY // 4] = 0

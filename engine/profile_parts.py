@@ -23,6 +23,8 @@ PARTS = ("linear", "prefill", "attention", "vision", "switch", "load", "host", "
 """`lora` times the operators at the first rank, `ranks` at the others."""
 NEAR = 16
 """Tokens of context that count as none: attention is what a step takes longer than with so many."""
+LIVED = 600
+"""Tokens of context of decodes whose branch is timed: as replays have them, for it may run beside their attention."""
 MIX = 256
 """Rows of the steps with prompts whose decodes' attention is told apart."""
 
@@ -93,6 +95,13 @@ def decode_scene(stage: Stage, what: str, batch: int, context: int, adapters: in
     number = MODES[mode]
     decodes = stage.decoding([context] * batch, asked, number, merged)
     return measured(stage, Plan(number, merged, decodes=decodes), what, requests=batch, adapters=adapters, mode=mode)
+
+
+def branched_scene(stage: Stage, what: str, batch: int, adapters: int, mode: str, merged: int = -1, cold: int = 0) -> Row:
+    """`decode_scene` with a branch, behind the same step without. plain_us: of that."""
+    context = min(LIVED, stage.config.limits.max_context // 2)
+    plain = decode_scene(stage, what, batch, context)["us"]
+    return decode_scene(stage, what, batch, context, adapters, mode, merged, cold) | {"plain_us": plain}
 
 
 def _asked(count: int, adapters: int, mode: str, merged: int, cold: int) -> list[int]:
@@ -263,7 +272,7 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
     for batch in ends_first(decodes):
         for several in [a for a in grid.adapters if a <= min(batch, adapters)]:
             yield (f"lora {operator} {rank} decode {batch} {several}",
-                   lambda stage, n=batch, a=several: decode_scene(stage, "lora", n, NEAR, a, "unmerged"))  # fmt: skip
+                   lambda stage, n=batch, a=several: branched_scene(stage, "lora", n, a, "unmerged"))  # fmt: skip
     for rows in ends_first(tokens):
         for several in [a for a in grid.adapters if a * 4 <= rows and a <= adapters]:
             sizes = [(rows // several, 0)] * several
@@ -278,7 +287,7 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
     if mixture and others > 0:
         for batch in [b for b in decodes if b > 1]:
             yield (f"mixture {rank} decode {batch}",
-                   lambda stage, n=batch: decode_scene(stage, "mixture", n, NEAR, others, "mixture", 0, n // 2))  # fmt: skip
+                   lambda stage, n=batch: branched_scene(stage, "mixture", n, others, "mixture", 0, n // 2))  # fmt: skip
         for rows in tokens[1:]:
             yield (f"mixture {rank} prefill {rows}",
                    lambda stage, r=rows: branch_scene(stage, "mixture", [(r, 0)], 1, "mixture", 0))  # fmt: skip
@@ -286,8 +295,8 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
 
 def lora_sizes(grid: Grid, *, quick: bool) -> tuple[list[int], list[int]]:
     """(requests, tokens) at which operators are timed, of the buckets there are."""
-    decodes = [n for n in grid.decodes if n in ((1, 8, 32) if quick else (1, 4, 8, 16, 32)) or n == grid.decodes[-1]]
-    wanted = (16, 64, 256, 1024, 2048) if quick else (16, 32, 64, 128, 256, 512, 1024, 2048)
+    decodes = [n for n in grid.decodes if n in (1, 2, 4, 8, 16, 32) or n == grid.decodes[-1]]
+    wanted = (16, 64, 256, 512, 576, 1024, 2048) if quick else (16, 32, 64, 128, 256, 512, 576, 1024, 1536, 2048)
     return decodes, [n for n in grid.tokens if n in wanted or n == grid.tokens[-1]]
 
 

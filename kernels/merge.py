@@ -44,7 +44,7 @@ class SwitchError(ValueError):
 class Factors(NamedTuple):
     """The LoRA factors of one matrix: delta = scale * b^T a, with a [rank, d_in] and b [rank, d_out].
 
-    Their rows are contiguous and may lie apart, as in the views of a pool (`pool_factors`).
+    Their rows are contiguous and may lie apart, as in the views of a pool.
     """
 
     a: torch.Tensor
@@ -206,6 +206,8 @@ class WeightSwitch:
         self._ranks = torch.zeros((slots, entries), dtype=torch.int32, device=device)
         self._scales = torch.zeros((slots, entries), dtype=torch.float32, device=device)
         self._kept: dict[int, list[Factors | None]] = {}
+        self._rank_of: dict[int, int] = {}  # of each slot that holds an adapter, the largest of its ranks
+        self._pool: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._items: dict[Tile, torch.Tensor] = {}
 
     def register(self, slot: int, factors: Sequence[Factors | None]) -> None:
@@ -214,15 +216,14 @@ class WeightSwitch:
         The tensors are used where they lie (as views of a pool, say) and may be overwritten in place while their slot
         is not merged. Raises SwitchError for a wrong slot, shape, dtype or rank, and when the slot is merged now.
         """
-        self._check_slot(slot)
-        if slot == self.merged:
-            raise SwitchError(f"slot {slot} is merged into the weights; switch to another before it is replaced")
+        self._check_free(slot)
         if len(factors) != len(self.weights):
             raise SwitchError(f"slot {slot}: {len(factors)} factors for {len(self.weights)} matrices")
         for entry, (weight, pair) in enumerate(zip(self.weights, factors, strict=True)):
             if pair is not None:
                 _check_factors(slot, entry, weight, pair)
         self._kept[slot] = list(factors)
+        self._rank_of[slot] = max((f.a.shape[0] for f in factors if f is not None), default=1)
         rows = [(f.a.data_ptr(), f.b.data_ptr()) if f is not None else (0, 0) for f in factors]
         self._factors[slot].copy_(torch.tensor(rows, dtype=torch.int64))
         strides = [(f.a.stride(0), f.b.stride(0)) if f is not None else (0, 0) for f in factors]
@@ -231,11 +232,41 @@ class WeightSwitch:
         self._ranks[slot].copy_(torch.tensor(ranks, dtype=torch.int32))
         self._scales[slot].copy_(torch.tensor([f.scale if f is not None else 0.0 for f in factors]))
 
+    def attach(self, pool: LoraPool, keys: Sequence[Key]) -> None:
+        """Adapters may lie in this pool from now on (`place`): for each key, each slice of it is one matrix, in order.
+        Raises SwitchError where the pool does not fit the matrices."""
+        pairs = [
+            Factors(pool.a[name][layer, s, :1], b, 1.0) for layer, name in keys
+            for s, b in enumerate(pool.b[name][layer, :1].split(pool.projections[name].widths, dim=1))
+        ]  # fmt: skip
+        if len(pairs) != len(self.weights):
+            raise SwitchError(f"a pool with {len(pairs)} pairs of factors for {len(self.weights)} matrices")
+        for entry, (weight, pair) in enumerate(zip(self.weights, pairs, strict=True)):
+            _check_factors(NO_SLOT, entry, weight, pair)
+        strides = torch.tensor([[f.a.stride(0), f.b.stride(0)] for f in pairs])
+        rows = torch.tensor([[f.a.data_ptr(), f.b.data_ptr()] for f in pairs])
+        device = self.weights[0].device
+        self._pool = (rows.to(device), (strides * pool.dtype.itemsize).to(device), strides.to(device, torch.int32))
+
+    def place(self, slot: int, first_row: int, rank: int, scale: float) -> None:
+        """Put the adapter with `rank` rows from `first_row` on of the attached pool into `slot`: as `register`
+        with the pool's views, but in a few small kernels instead of milliseconds of the host. Raises SwitchError too."""
+        self._check_free(slot)
+        if self._pool is None or not 1 <= rank <= MAX_RANK:
+            raise SwitchError(f"slot {slot}: rank {rank} is outside 1..{MAX_RANK}, or there is no pool; attach one first")
+        rows, pitches, strides = self._pool
+        torch.add(rows, pitches, alpha=first_row, out=self._factors[slot])
+        self._strides[slot].copy_(strides)
+        self._ranks[slot].fill_(rank)
+        self._scales[slot].fill_(scale)
+        self._kept.pop(slot, None)
+        self._rank_of[slot] = rank
+
     def to(self, slot: int) -> None:
         """Make the weights those of `slot` (NO_SLOT: the plain ones), whatever they hold now; see `passes`."""
         if slot != NO_SLOT:
             self._check_slot(slot)
-            if slot not in self._kept:
+            if slot not in self._rank_of:
                 raise SwitchError(f"slot {slot} holds no adapter; register one first")
         if slot == self.merged:
             return
@@ -262,8 +293,8 @@ class WeightSwitch:
         return self.form == "in_place" and NO_SLOT not in (plus, minus)
 
     def moved_bytes(self, plus: int, minus: int) -> int:
-        """Bytes that a change from `minus` to `plus` must move at least: every touched matrix read and written once,
-        the factors read once."""
+        """Bytes that a change from `minus` to `plus`, which were registered, must move at least: every touched matrix read
+        and written once, the factors read once."""
         total = 0
         used = [self._kept.get(plus), self._kept.get(minus)]
         for entry, weight in enumerate(self.weights):
@@ -296,12 +327,16 @@ class WeightSwitch:
 
     def _padded_rank(self, plus: int, minus: int) -> int:
         used = (plus, minus) if self.form == "in_place" else (plus,)
-        ranks = [f.a.shape[0] for slot in used for f in self._kept.get(slot, ()) if f is not None]
-        return max(16, triton.next_power_of_2(max(ranks, default=1)))
+        return max(16, triton.next_power_of_2(max(self._rank_of.get(slot, 1) for slot in used)))
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.slots:
             raise SwitchError(f"slot {slot} is outside 0..{self.slots - 1}; make the switch with more slots")
+
+    def _check_free(self, slot: int) -> None:
+        self._check_slot(slot)
+        if slot == self.merged:
+            raise SwitchError(f"slot {slot} is merged into the weights; switch to another before it is replaced")
 
     def _check_weights(self, matrices: Sequence[torch.Tensor], what: str) -> None:
         first = self.weights[0]
@@ -324,17 +359,6 @@ class WeightSwitch:
             if g.shape != w.shape or g.data_ptr() == w.data_ptr():
                 raise SwitchError(f"golden copy {i} must be another tensor of shape {tuple(w.shape)}, not of shape "
                                   f"{tuple(g.shape)} or the weight itself")
-
-
-def pool_factors(pool: LoraPool, slot: int, keys: Sequence[Key]) -> list[Factors]:
-    """The adapter in `slot` of the pool as `WeightSwitch.register` takes it: for each key, one pair a slice of it.
-
-    The weights of a fused projection are then one matrix a slice (its rows of the fused weight), in the same order.
-    """
-    rank, scale = pool.true_ranks[slot], pool.scales[slot]
-    return [
-        Factors(a[:rank], b[:rank], scale) for key in keys for a, b in zip(*pool.views(slot, key), strict=True)
-    ]
 
 
 def _check_factors(slot: int, entry: int, weight: torch.Tensor, pair: Factors) -> None:

@@ -16,23 +16,22 @@ from engine import serve  # noqa: E402
 from engine.__main__ import main  # noqa: E402
 from engine.build import build, find_adapters  # noqa: E402
 from engine.graphs import BRANCHED, MIXED, PLAIN  # noqa: E402
+from engine.least_squares import non_negative, robust  # noqa: E402
 from engine.profile_fit import (  # noqa: E402
     UnfinishedError,
-    beside,
-    capped,
     chunk_attention,
     host,
     mixed_attention,
-    non_negative,
     profile_of,
-    robust,
     steps_of,
 )
+from engine.profile_lora import PASS_ROWS, beside, capped, skews, stepped  # noqa: E402
 from engine.replay import EngineConfig  # noqa: E402
 from engine.rows_file import RowsError, RowsFile  # noqa: E402
 from engine.stage import Stage, Timing  # noqa: E402
 from policies import make_policy  # noqa: E402
 from policies.cost import Cost  # noqa: E402
+from policies.plan import Work  # noqa: E402
 from policies.profile import Boost, load_profile, parse_profile  # noqa: E402
 from policies.view import Limits  # noqa: E402
 from traces.assign import make_adapters  # noqa: E402
@@ -163,7 +162,7 @@ def test_contexts_that_memory_did_not_hold_are_filled_in_from_decodes_alone():
 
 
 def test_beside_something_easier_products_of_matrices_take_less():
-    clock = Boost(1.0, [(1.0, 0.8)], [(1.0, 1.0)])
+    clock = Boost(1.0, 1.0, [(1.0, 0.8)], [(1.0, 1.0)])
     assert beside(100.0, 60.0, 7, None) == 40.0
     assert beside(100.0, 60.0, 7, clock) == pytest.approx(100 - 60 * (0.8 + 0.2 * 0.6))
     assert beside(50.0, 60.0, 7, clock) == 0.0, "never below nothing"
@@ -172,6 +171,31 @@ def test_beside_something_easier_products_of_matrices_take_less():
 def test_a_branch_does_not_get_dearer_by_the_row_once_there_are_many():
     points = [[16, 5.0], [512, 9.0], [1024, 20.0], [2048, 60.0], [4096, 70.0]]
     assert capped(points) == [[16, 5.0], [512, 9.0], [1024, 20.0], [2048, pytest.approx(44.0)], [4096, 70.0]]
+
+
+def test_a_kernel_that_goes_over_rows_in_passes_is_level_within_each():
+    points = [[16, 5.0], [256, 8.0], [1024, 20.0], [2048, 40.0]]
+    assert stepped(points, 512) == [[16, 5.0], [256, 8.0], [512, 8.0], [513, 20.0], [1024, 20.0], [1025, 30.0], [1536, 30.0],
+                                    [1537, 40.0], [2048, 40.0]]  # fmt: skip
+    assert stepped(points[:2], 512) == points[:2]
+    slora = pytest.importorskip("kernels.baselines.slora")
+    inputs = pytest.importorskip("kernels.baselines.inputs")
+    assert PASS_ROWS == {"slora": slora.MBGMM_ROWS * inputs.MOST_TILES}
+
+
+def test_how_much_rows_of_one_adapter_cost_is_what_was_measured_of_them(profile):
+    curves = {"decode": {8: {1: [(1.0, 1.0)]}}, "pads": False,
+              "prefill": {8: {1: [(1.0, 0.0), (100.0, 100.0)], 4: [(1.0, 0.0), (100.0, 40.0)]}}}  # fmt: skip
+    known, adapters = dataclasses.replace(profile, lora={"slora": curves}), make_adapters(4, (8,))
+    work = [1, 20, 320, [[80, 0]], 80, 0, 100, 4, 8, 32, 0, 21, 80]
+    even, apart = (Cost(known, "slora", "fused", adapters).fixed(Work(*work[:3], ((80, 0),), *work[4:-1], largest))[3] / US
+                   for largest in (0, 80))  # fmt: skip
+    assert even < apart
+    row = {"what": "skew", "us": 500.0 + even + 0.25 * (apart - even), "plain_us": 500.0, "work": work}
+    assert skews({"skew slora 8 20 80": row}, known, adapters) == {"slora": pytest.approx(0.25, abs=1e-6)}
+    told = dataclasses.replace(known, lora={"slora": {**curves, "skew": 0.25}})
+    assert Cost(told, "slora", "fused", adapters).fixed(Work(*work[:3], ((80, 0),), *work[4:]))[3] / US == pytest.approx(
+        row["us"] - 500.0, abs=1e-4)  # fmt: skip
 
 
 def test_what_the_host_does_is_found_in_the_leases_again():

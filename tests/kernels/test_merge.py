@@ -6,7 +6,7 @@ import torch
 
 from kernels import merge, switch_bench
 from kernels.batch import LoraPool, Projection
-from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch, pool_factors
+from kernels.merge import NO_SLOT, Factors, SwitchError, WeightSwitch
 
 WIDTHS = ((48, 32), (16, 32), (32, 176))  # [d_out, d_in]: a query, a narrower key (GQA), and edges that fill no tile
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -163,12 +163,21 @@ def test_a_pool_of_fused_projections_is_merged_where_it_lies():
         pool.put(slot, drawn, scale=0.25)
     golden = [w.clone() for w in fused]
     switch = WeightSwitch([part for w in fused for part in w.split(projection.widths)], slots=2)
-    switch.register(1, pool_factors(pool, 1, keys))
+    switch.attach(pool, keys)
+    for slot in range(2):
+        switch.place(slot, pool.offsets[slot], pool.true_ranks[slot], pool.scales[slot])
+    switch.to(0)
     switch.to(1)
     for key, weight, before in zip(keys, fused, golden, strict=True):
         views = zip(*pool.views(1, key), strict=True)
         truth = before.float() + torch.cat([0.25 * b.float().T @ a.float() for a, b in views])
         assert error(weight, truth) < 1e-3
+    placed = [w.clone() for w in fused]
+    views = [Factors(a[:20], b[:20], 0.25) for key in keys for a, b in zip(*pool.views(1, key), strict=True)]
+    switch.to(NO_SLOT)
+    switch.register(1, views)
+    switch.to(1)
+    assert all(torch.equal(w, before) for w, before in zip(fused, placed, strict=True))
 
 
 def test_strips_cover_every_element_once():
@@ -209,6 +218,10 @@ def bad_calls():
     yield r"b has shape \(4, 16\)", lambda: switch.register(0, [Factors(torch.zeros(4, 32), torch.zeros(4, 16))])
     yield "convert it first", lambda: switch.register(0, [Factors(pair.a.half(), pair.b.half())])
     yield "slot 1 holds no adapter", lambda: switch.to(1)
+    yield "attach one first", lambda: switch.place(0, 0, 4, 1.0)
+    narrow = LoraPool({"o": Projection(32, (48,))}, layers=1, slots=2, rows=16, dtype=torch.float32)
+    yield r"b has shape \(1, 48\)", lambda: switch.attach(narrow, [(0, "o")])
+    yield "2 pairs of factors for 1", lambda: switch.attach(narrow, [(0, "o")] * 2)
     yield r"slot -2 is outside", lambda: switch.to(-2)
 
 

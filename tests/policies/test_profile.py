@@ -22,7 +22,8 @@ def good():
 
 def clock(**changes) -> dict:
     """What a profile says of a GPU's clock."""
-    return {"tau_us": 9.0, "rested": [[1, 0.9]], "settled": [[1, 1]], "vision_rested": 0.9, "vision_settled": 1.0} | changes
+    return {"settle_us": 9.0, "rest_us": 3.0, "rested": [[1, 0.9]], "settled": [[1, 1]], "vision_rested": 0.9,
+            "vision_settled": 1.0} | changes  # fmt: skip
 
 
 def write(path: Path, data) -> Path:
@@ -62,15 +63,16 @@ SPOILT = {
     "batch is no number": (lambda d: d["decode_attention"].update(x=[[0, 1]]), "decode_attention"),
     "a table that is none": (lambda d: d.update(prefill_attention=[1]), "prefill_attention"),
     "lora without a phase": (lambda d: d["lora"]["slora"].pop("decode"), r"lora\[slora\]"),
+    "a skew that is none": (lambda d: d["lora"]["slora"].update(skew=-1.0), r"lora\[slora\].skew: -1.0"),
     "lora that is none": (lambda d: d["lora"].update(slora=3), r"lora\[slora\]"),
     "lora without ranks": (lambda d: d["lora"]["slora"].update(decode={}), r"lora\[slora\]"),
     "text for a number": (lambda d: d.update(max_context="4096"), "max_context"),
     "truth for a number": (lambda d: d.update(max_context=True), "max_context"),
     "no bandwidth": (lambda d: d.update(load_gb_per_s=0), "load_gb_per_s"),
     "an unknown part of a lease": (lambda d: d.update(lease_us={"bas": 1.0}), r"lease_us\[bas\] is unknown"),
-    "a clock without its time": (lambda d: d.update(boost={"rested": [[1, 1]]}), r"boost: has rested; it must have tau_us"),
-    "a clock that stands still": (lambda d: d.update(boost=clock(tau_us=0.0)), r"boost: tau_us and factors must be above 0"),
-    "a clock a hundred times faster": (lambda d: d.update(boost=clock(rested=[[1, 0.0]])), r"tau_us and factors must"),
+    "a clock without its time": (lambda d: d.update(boost={"rested": [[1, 1]]}), r"boost: has rested; it must have settle"),
+    "a clock that stands still": (lambda d: d.update(boost=clock(rest_us=0.0)), r"boost: settle_us, rest_us and"),
+    "a clock a hundred times faster": (lambda d: d.update(boost=clock(rested=[[1, 0.0]])), r"factors must be above 0"),
     "a clock of words": (lambda d: d.update(boost=clock(vision_settled="fast")), r"boost: vision_settled: 'fast'"),
     "a negative part of a lease": (lambda d: d.update(lease_us={"base": -1.0}), r"lease_us\[base\]: -1.0"),
     "a decision that is no time": (lambda d: d.update(decide_us={"valora": "1"}), r"decide_us\[valora\]"),

@@ -21,7 +21,7 @@ US = 1000  # ns
 ENGINES = ({}, {
     "steps_ahead": 1, "load_slowdown": 0.03, "decide_us": {"valora": 4.1},
     "lease_us": {"base": 8.0, "load": 3.0, "wake": 6.0, "launch": 5.0, "request": 0.7, "prompts": 3.1, "chunk": 2.3},
-    "boost": Boost(40.0, [(4.0, 0.9), (32.0, 0.7)], [(4.0, 1.1), (32.0, 1.0)], 0.8, 1.2),
+    "boost": Boost(40.0, 15.0, [(4.0, 0.9), (32.0, 0.7)], [(4.0, 1.1), (32.0, 1.0)], 0.8, 1.2),
 }, {
     "steps_ahead": 1, "host_step_us": 26.0, "prefill_linear": [(1.0, 25.0), (16.0, 25.0), (17.0, 33.0), (64.0, 60.0)],
     "mixed_attention": {1: [(0.0, 2.0), (50.0, 20.0)]},
