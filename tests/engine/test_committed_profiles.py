@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from engine.profile_fit import profile_of  # noqa: E402
-from engine.rows_file import RowsFile  # noqa: E402
+from engine.profile_fit import profile_of
+from engine.rows_file import RowsFile
 
 ROOT = Path(__file__).parents[2]
 ROWS = sorted((ROOT / "engine" / "results" / "profile-rows").glob("*.rows.jsonl"))

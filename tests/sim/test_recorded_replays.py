@@ -1,5 +1,6 @@
 """The committed records of the engine's replays on a GPU, held against the committed profile, as the README says."""
 
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +24,11 @@ def record_of(replay: str, policy: str):
     return next(run for run in read_results(RECORDS / replay) if run.policy == policy)
 
 
-def test_there_are_records_of_four_workloads_under_four_policies():
-    assert {replay for replay, _ in CELLS} >= {"code", "conv", "light", "retrieval"}
-    assert {policy for _, policy in CELLS} >= {"valora", "dlora", "slora", "punica"}
+def test_there_are_records_of_every_workload_under_every_policy_and_of_every_model():
+    policies = ("valora", "dlora", "slora", "punica", "merged-only")
+    assert {*product(("code", "conv", "light", "retrieval", "video"), policies)} <= {*CELLS}
+    others = [f"{model}-{what}" for model in ("llava-1.5-13b", "qwen2-vl-7b") for what in ("retrieval", "video")]
+    assert {*product(others, policies[:-1])} <= {*CELLS}
 
 
 @pytest.mark.parametrize(("replay", "policy"), CELLS)
@@ -38,9 +41,9 @@ def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, po
     table = predicted(record, profile, config_of(record), policy_of(record.config), SimpleNamespace(adapters=adapters))
     whole = step_errors(record, SimpleNamespace(details={"predicted": table}))[-1]
     assert whole.kind == "all"
-    assert whole.median <= 2.0
-    assert whole.p95 <= 7.5
-    assert whole.modelled_ms == pytest.approx(whole.measured_ms, rel=0.02)
+    assert whole.median <= 2.1
+    assert whole.p95 <= 7.6
+    assert whole.modelled_ms == pytest.approx(whole.measured_ms, rel=0.025)
 
 
 @pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
@@ -55,7 +58,8 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
         ours = replicated(record, find_profile("h200", record.config["model"]), str(trace), {}, error_bars=False)
         measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
         assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
-    order = [sorted(found, key=found.get) for found in (measured, simulated)]
-    assert order[0] == order[1]
+    for one, other in combinations(measured, 2):
+        if measured[one] != pytest.approx(measured[other], rel=0.01):
+            assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
-    assert errors.max() < 0.1
+    assert errors.max() < 0.045
