@@ -127,12 +127,10 @@ class MockedClock:
             self._runner.collect()
         cost = self._cost
         if number == 0:
-            self._slow_ps = 0
-            if self._loads and cost.profile.load_slowdown:
-                self._slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - self._now_ps)
+            copies_ps = self._link_free_ps - self._now_ps if self._loads else 0
             idle = self._end_ps != self._now_ps
             self._now_ps += cost.lease_ps(work, self._started, idle=idle)
-            self._slow_ps += self._clock.extra_ps(cost, work, self._now_ps)
+            self._slow_ps = self._clock.slow_ps(cost, work, self._now_ps, copies_ps)
             self._started = 0
         self._now_ps += cost.step_ps(work, number, self._slow_ps)
         self._end_ps = self._now_ps

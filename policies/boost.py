@@ -66,8 +66,15 @@ class GpuClock:
         away = self.state(start_ps) - share
         return away, took_ps / (self._settle_ps if away < 0 else self._rest_ps)
 
+    def slow_ps(self, cost: Cost, work: Work, begin_ps: int, copies_ps: int = 0) -> int:
+        """What the first step of `work`, on the GPU from begin_ps on, takes more (below 0: less) than its tables say: by its
+        clock, and beside copies of adapters that go on for copies_ps, which slow it down only as long as they do."""
+        slowdown = cost.profile.load_slowdown
+        beside = round(min(cost.step_ps(work), copies_ps) * slowdown) if slowdown and copies_ps > 0 else 0
+        return beside + self.extra_ps(cost, work, begin_ps)
+
     def extra_ps(self, cost: Cost, work: Work, start_ps: int) -> int:
-        """What the first step of `work`, on the GPU from `start_ps` on, takes more (below 0: less) than its tables say."""
+        """`slow_ps` of the clock alone."""
         boost = self._boost
         if boost is None or not work.prefills:
             return 0

@@ -276,11 +276,6 @@ class Cost:
             prepares -= round(self._switch(work.switch_rank))
         return before + max(0, prepares)
 
-    def beside_load_ps(self, step_ps: int, left_ps: int) -> int:
-        """By how much a step of `step_ps` takes longer beside copies of adapters that go on for left_ps: it is slowed down
-        only as long as they do."""
-        return round(min(step_ps, max(left_ps, 0)) * self.profile.load_slowdown)
-
     # -- what policies ask --------------------------------------------------------------------------------------------
     def step_ns(self, decodes: int, adapters: int = 1, *, context: int = 1000, mode: int = BASE, cold: int = -1) -> int:
         """Predicted time of one decode step of `decodes` requests with `context` tokens each and `adapters` adapters.

@@ -158,9 +158,9 @@ def predicted(record: RunResult, profile: Profile, config: SimConfig, policy: Po
     for lease in leases(record):
         work = lease.work
         boundary = cost.lease_ps(work, lease.loads, idle=lease.idle)
-        copies_ps = max(1, lease.loads) * cost.copy_ns(work.rank) * PS_PER_NS  # of one that began earlier all is left
-        slow = cost.beside_load_ps(cost.step_ps(work), copies_ps) if lease.loading else 0
-        slow += clock.extra_ps(cost, work, lease.free_ns * PS_PER_NS + boundary)
+        copies = max(1, lease.loads) if lease.loading else 0  # of one that began earlier all is left
+        copies_ps = copies * cost.copy_ns(work.rank) * PS_PER_NS
+        slow = clock.slow_ps(cost, work, lease.free_ns * PS_PER_NS + boundary, copies_ps)
         jump = run(cost, work, lease.steps, FOREVER_PS, slow_ps=slow)
         rows.append((
             0, lease.start_ns, lease.free_ns, int(lease.known), boundary // PS_PER_NS, jump.first_ps // PS_PER_NS,

@@ -168,9 +168,8 @@ class Server:
             if cost.has_host:
                 idle = self._busy_ps != start_ps
                 boundary_ps = cost.lease_ps(work, self._started, idle=idle)
-            beside_load = self._loads and cost.profile.load_slowdown
-            slow_ps = cost.beside_load_ps(cost.step_ps(work), self._link_free_ps - start_ps) if beside_load else 0
-            slow_ps += self._clock.extra_ps(cost, work, start_ps + boundary_ps)
+            copies_ps = self._link_free_ps - start_ps if self._loads else 0
+            slow_ps = self._clock.slow_ps(cost, work, start_ps + boundary_ps, copies_ps)
             self._stirred_ps, self._started = FOREVER_PS, 0
             until_ps = self._end_ps if plan.until_ns is None else min(self._end_ps, plan.until_ns * PS_PER_NS)
         else:

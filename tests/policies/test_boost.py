@@ -58,6 +58,16 @@ def test_a_branch_keeps_its_time_and_lets_the_clock_rest(tiny_profile):
     assert clock.extra_ps(cost, work, now) == pytest.approx(hard * (0.7 + 0.3 * share - 1), rel=1e-2)
 
 
+def test_a_step_is_slowed_down_as_long_as_copies_go_on(tiny_profile):
+    """A long step beside a short copy pays for the copy's time, not for its own."""
+    cost, clock = Cost(tiny_profile(load_slowdown=0.25), "none", "fused", ()), GpuClock(None)
+    step = cost.step_ps(PROMPT)
+    slow = [clock.slow_ps(cost, PROMPT, 0, left) for left in (9 * step, step, 4_000, 0, -5)]
+    assert slow == [round(step / 4), round(step / 4), 1_000, 0, 0]
+    beside = GpuClock(BOOST).slow_ps(cost, PROMPT, 0, 4_000)
+    assert beside == 1_000 + GpuClock(BOOST).extra_ps(cost, PROMPT, 0), "both"
+
+
 def test_without_a_word_of_it_tables_hold(tiny_profile):
     assert GpuClock(None).extra_ps(Cost(tiny_profile(), "none", "fused", ()), PROMPT, 0) == 0
 

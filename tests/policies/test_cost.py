@@ -109,12 +109,6 @@ def test_predictions(cost):
     assert cost.load_ns(1) == 10_000 + round(256 / 0.003)
 
 
-def test_a_step_is_slowed_down_as_long_as_copies_go_on(tiny_profile):
-    """A long step beside a short copy pays for the copy's time, not for its own."""
-    cost = Cost(tiny_profile(load_slowdown=0.25), "slora", "fused", ADAPTERS)
-    assert [cost.beside_load_ps(8_000, left) for left in (100_000, 8_000, 4_000, 0, -5)] == [2_000, 2_000, 1_000, 0, 0]
-
-
 def test_unknown_operator_and_switch_name_the_near_one(tiny_profile):
     with pytest.raises(ProfileError, match="no lora table 'slor'; did you mean 'slora'"):
         Cost(tiny_profile(), "slor", "fused", ADAPTERS)
