@@ -44,11 +44,12 @@ from engine.profile_parts import (
 )
 from engine.replay import EngineConfig
 from engine.rows_file import RowsFile
-from engine.serve import describe_device, find_profile, frozen_heap, model_of
+from engine.serve import describe_device, find_profile, frozen_heap, model_of, profile_for
 from engine.stage import Stage
 from kernels import tiles
 from kernels.batch import RANK_ALIGN, LoraError
 from policies import make_policy
+from policies.profile import Profile, ProfileError
 from policies.view import Limits
 from traces.assign import make_adapters
 from traces.suggest import near
@@ -149,7 +150,7 @@ class Run:
 
     def write(self) -> list[tuple[str, float, float]]:
         """Make the profile of the rows there are; the steps that no table holds. Raises UnfinishedError."""
-        data, steps = profile_of(self.rows, self.facts, self.provenance(), self.out)
+        data, steps = profile_of(self.rows, self.facts, self.provenance(), self.out, operators_of(self.facts["model"]))
         self.out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.out, json.dumps(data, indent=1) + "\n")
         return steps
@@ -282,7 +283,16 @@ class Run:
             "command": "python -m engine profile " + shlex.join(self.args.words[1:]), "rows": len(self.rows),
             "weights": facts["weights"], "limits": facts["limits"], "tiles_sha256": facts["tiles_sha256"],
             "switch": "fused by the engine; addmm and peft, where given, from kernels/results/switch_h200.csv",
+            "ranks": "others than measured: in proportion to the operators' times by themselves (analytic profile)",
         }  # fmt: skip
+
+
+def operators_of(model: str) -> Profile | None:
+    """The analytic profile, whose tables of the operators were measured by themselves; None for a model without one."""
+    try:
+        return profile_for(None, model, measured=False)
+    except ProfileError:
+        return None
 
 
 def _target_bytes(decoder: Decoder, targets: tuple[str, ...]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from engine.least_squares import non_negative, robust
 from engine.profile_boost import Steady, Step, fit
-from engine.profile_lora import beside, branches, skews, work_of
+from engine.profile_lora import beside, branches, other_ranks, skews, work_of
 from engine.profile_parts import Row
 from engine.stage import WARM_STEPS
 from policies.cost import Cost
@@ -282,8 +282,10 @@ def cost_of(profile: Profile, adapters: tuple[Adapter, ...]) -> Cost:
     return Cost(profile, "atmm" if "atmm" in profile.lora else "none", "fused", adapters)
 
 
-def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: Path) -> tuple[dict, list]:
-    """(the whole profile as data, the held-out steps). path: what it will be called. Raises UnfinishedError."""
+def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: Path, known: Profile | None = None
+               ) -> tuple[dict, list]:  # fmt: skip
+    """(the whole profile as data, the held-out steps). path: what it will be called. known: tables of the operators by
+    themselves, for ranks that the rows lack. Raises UnfinishedError."""
     names = ("model", "max_context", "image_tokens", "video_images", "kv_bytes_per_token", "adapter_bytes_per_rank",
              "weights_bytes", "golden_bytes", "device_bytes", "reserve_bytes", "steps_ahead", "rank_align")  # fmt: skip
     data = {"kind": "measured", "provenance": provenance, **{name: facts[name] for name in names}}
@@ -298,6 +300,8 @@ def profile_of(rows: Mapping[str, Row], facts: Mapping, provenance: dict, path: 
                 data |= tables(rows, facts, clock) | {"boost": asdict(clock)}
         for operator, share in skews(rows, parse(), adapters).items():
             data["lora"][operator]["skew"] = rounded(share)
+        if known is not None:
+            data["lora"] = rounded(other_ranks(data["lora"], known, facts["rank"]))
         steps = checked(rows, parse(), adapters)
         if steps:
             ratios = [measured / predicted for _, measured, predicted in steps]

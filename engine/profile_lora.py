@@ -14,7 +14,7 @@ from engine.profile_parts import Row
 from policies.boost import factor_at
 from policies.cost import Cost
 from policies.plan import Work
-from policies.profile import Boost, Points, Profile
+from policies.profile import LORA_PHASES, Boost, Points, Profile
 from traces.request import Adapter
 
 PADDED = ("vllm", "dlora", "grouped")
@@ -23,6 +23,8 @@ ANY = 999_999
 """Adapters up to which a mixture has one curve: it is timed with as many as there are."""
 MANY, DEARER = 1024, 1.1
 MOST_SKEW = 2.0
+MOST_KNOWN = 32
+"""Adapters up to which the operators were timed by themselves."""
 PASS_ROWS = {"slora": 512}
 """Rows of one adapter that an operator's captured kernel computes side by side, before the next (`kernels.baselines`)."""
 
@@ -111,3 +113,30 @@ def capped(points: Points) -> Points:
         before, us = found[-1]
         found.append([x, min(y, DEARER * us * x / before)] if before >= MANY else [x, y])
     return found
+
+
+def other_ranks(lora: Mapping[str, dict], known: Profile, rank: int) -> dict[str, dict]:
+    """The tables `lora`, with ranks that no engine was timed at as `known` has them in proportion to `rank`, which one was:
+    its tables are of the operators by themselves."""
+    found = {operator: dict(phases) for operator, phases in lora.items()}
+    adapters = tuple(Adapter(f"a{i}", rank) for i in range(2))
+    for operator, phases in found.items():
+        if operator not in known.lora:
+            continue
+        cost = Cost(known, operator, "fused", adapters)
+        for phase in [phase for phase in LORA_PHASES if str(rank) in phases.get(phase, {})]:
+            alone, curves = phase.removeprefix("mixture_"), phases[phase][str(rank)]
+            phases[phase] = dict(phases[phase])
+            for other in known.lora[operator][alone]:
+                phases[phase].setdefault(str(other), {
+                    number: [[x, us * _ratio(cost, x, int(number), other, rank, alone)] for x, us in points]
+                    for number, points in curves.items()
+                })  # fmt: skip
+            phases[phase] = dict(sorted(phases[phase].items(), key=lambda item: int(item[0])))
+    return found
+
+
+def _ratio(cost: Cost, tokens: float, adapters: int, rank: int, over: int, phase: str) -> float:
+    """What a branch of one rank takes over one of another."""
+    count = min(adapters, MOST_KNOWN, max(1, int(tokens)))
+    return cost.lora_ps(int(tokens), count, rank, phase) / max(1, cost.lora_ps(int(tokens), count, over, phase))

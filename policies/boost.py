@@ -3,7 +3,7 @@
 A GPU at its limit of power lowers its clock within tens of milliseconds, and raises it again when there is less to compute.
 Tables are measured step after step, so at the lower clock; in a replay a step of prompts often comes after decodes, which
 wait for memory and draw less. The state is one number, 1 when settled: it goes to 1 exponentially while prompts are
-computed and to 0 otherwise, with a time constant each way (an H200 settles in about 64 ms and rests in 16). What a step's
+computed and to 0 otherwise, with a time constant each way (an H200 settles in 64 to 90 ms and rests in 23). What a step's
 products of matrices take is their tables' time times a factor between `rested` and `settled`, by the mean of the state while
 it lasts. Branches of adapters and the attention of decodes, which wait for memory or for each other, keep their time, and
 the clock rests for as long. The vision tower is nothing but such products, with factors of its own; its smaller matrices

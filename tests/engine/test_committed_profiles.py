@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from engine.profile import operators_of
 from engine.profile_fit import profile_of
 from engine.rows_file import RowsFile
 
@@ -29,7 +30,8 @@ def test_a_committed_profile_follows_from_its_rows(rows, tmp_path):
     committed = json.loads((ROOT / "sim" / "profiles" / rows.name.replace(".rows.jsonl", ".json")).read_text())
     (tmp_path / rows.name).write_bytes(rows.read_bytes())
     file = RowsFile(tmp_path / rows.name)
-    made, steps = profile_of(file.rows, file.facts, committed["provenance"], tmp_path / "x.json")
+    made, steps = profile_of(file.rows, file.facts, committed["provenance"], tmp_path / "x.json",
+                             operators_of(file.facts["model"]))  # fmt: skip
     assert file.facts["device"]["name"] == committed["provenance"]["device"] == "NVIDIA H200"
     assert len(file.rows) == committed["provenance"]["rows"]
     assert len(steps) == 9

@@ -25,7 +25,7 @@ from engine.profile_fit import (  # noqa: E402
     profile_of,
     steps_of,
 )
-from engine.profile_lora import PASS_ROWS, beside, capped, skews, stepped  # noqa: E402
+from engine.profile_lora import PASS_ROWS, beside, capped, other_ranks, skews, stepped  # noqa: E402
 from engine.replay import EngineConfig  # noqa: E402
 from engine.rows_file import RowsError, RowsFile  # noqa: E402
 from engine.stage import Stage, Timing  # noqa: E402
@@ -196,6 +196,17 @@ def test_how_much_rows_of_one_adapter_cost_is_what_was_measured_of_them(profile)
     told = dataclasses.replace(known, lora={"slora": {**curves, "skew": 0.25}})
     assert Cost(told, "slora", "fused", adapters).fixed(Work(*work[:3], ((80, 0),), *work[4:]))[3] / US == pytest.approx(
         row["us"] - 500.0, abs=1e-4)  # fmt: skip
+
+
+def test_ranks_that_were_not_timed_are_as_far_from_those_that_were_as_by_themselves(profile):
+    alone = {"decode": {8: {1: [(1.0, 10.0), (9.0, 50.0)]}, 16: {1: [(1.0, 20.0), (9.0, 75.0)]}}, "pads": False}
+    known = dataclasses.replace(profile, lora={"slora": alone | {"prefill": alone["decode"]}})
+    table = {"decode": {"8": {"1": [[1, 7.0], [9, 20.0]]}}, "prefill": {"8": {"1": [[9, 30.0]]}}, "pads": False}
+    more = other_ranks({"slora": table, "ours": table}, known, 8)
+    assert more["ours"] == table, "nobody timed it by itself"
+    assert more["slora"]["decode"] == {"8": table["decode"]["8"], "16": {"1": [[1, 14.0], [9, 30.0]]}}
+    assert more["slora"]["prefill"]["16"] == {"1": [[9, 45.0]]}
+    assert other_ranks({"slora": more["slora"]}, known, 8) == {"slora": more["slora"]}, "what is there stays"
 
 
 def test_what_the_host_does_is_found_in_the_leases_again():
