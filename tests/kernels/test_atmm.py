@@ -66,7 +66,8 @@ def test_a_launch_has_every_argument_of_its_kernel(form, mixture):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_equals_float32(form, dtype):
     pool, batch, index, random = world(dtype)
-    for merged, key in itertools.product((-1, 2), ((1, "o"), (0, "qkv"))):
+    all_of_them = [*itertools.product((-1, 2), ((1, "o"), (0, "qkv")))]
+    for merged, key in all_of_them if dtype == torch.float16 else (all_of_them[0], all_of_them[3]):
         batch.update(index, merged)
         x, y = tensors(pool, key, len(index), random)
         truth = reference(y, x, pool, batch, key)

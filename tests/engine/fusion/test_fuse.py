@@ -229,7 +229,7 @@ def test_pre_training_goes_on_where_it_was(world, tmp_path):
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_make_the_same_bytes_as_one(world, tmp_path):
     base, yaml = world
     options = Options(replace(RECIPE, steps=16), None, ("heuristic", "decoded"), yardstick=2)
