@@ -281,6 +281,7 @@ def test_a_wrong_where_says_what_there_is(wide, tmp_path, pair, message, capsys)
 
 
 # -- the command --------------------------------------------------------------------------------------------------------
+@pytest.mark.long
 def test_every_figure_is_drawn_twice_alike(results, sweep, capacity, tmp_path):
     """Equal inputs, equal bytes: for all figures that these inputs allow, and nothing but they."""
     path = sweep({"rate": [2.0, 4.0]})

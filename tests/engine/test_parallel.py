@@ -168,6 +168,7 @@ def test_two_processes_replay_one_trace_into_one_record(torchrun, tmp_path):
         assert (run.requests["generated_tokens"] == run.requests["output_tokens"]).all()
 
 
+@pytest.mark.long
 def test_a_signal_ends_all_processes_and_what_has_finished_is_written(torchrun, tmp_path):
     out = tmp_path / "results"
     process = torchrun("--policy", "slora", "--router", "round-robin", "--max-requests", "400", "--output", str(out))

@@ -311,6 +311,7 @@ def test_steps_that_are_timed_have_graphs_with_their_branch_and_without(everythi
     assert bool(vision.captured) == everything
 
 
+@pytest.mark.long
 def test_a_rival_that_cannot_run_is_left_out_and_the_others_are_measured(command, tmp_path, capsys, monkeypatch):
     from engine.profile import Run
 

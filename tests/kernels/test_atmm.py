@@ -177,7 +177,8 @@ def test_a_tiling_for_the_expected_adapters_is_right_for_any(form):
     pool, batch, _, random = world(DTYPES[1])
     batch.fix(48, 5, 32, expected=1)
     assert (batch.adapters, batch.expected) == (5, 1)
-    for index in (np.zeros(48, int), np.arange(48) % 5, np.full(3, -1), np.array([4])):
+    several = (np.zeros(48, int), np.arange(48) % 5, np.full(3, -1), np.array([4]))
+    for index in several if form == "default" else several[1::2]:
         batch.update(index)
         x, y = tensors(pool, (0, "qkv"), 48, random)
         truth = torch.cat([reference(y[: len(index)], x[: len(index)], pool, batch, (0, "qkv")), y[len(index) :]])

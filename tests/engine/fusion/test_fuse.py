@@ -116,7 +116,7 @@ def test_domains_are_packed_and_the_floors_hold(fused):
     assert json.loads((output / "packing.json").read_text()) == {n: r["adapter"] for n, r in report["domains"].items()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_domains_that_contradict_each_other_need_the_exhaustive_optimum_of_adapters(world, tmp_path):
     yaml = write_yaml(tmp_path, (("ground", "classify"), ("turned", "classify"), ("red", "vqa")))
     options = Options(replace(RECIPE, learning_rate=5e-3, steps=80, check_every=20), None, (), yardstick=3)
@@ -260,7 +260,7 @@ def test_the_decoder_that_graphs_capture_computes_what_the_model_computes(world)
     torch.testing.assert_close(found[:, start : start + packed.ids.shape[1]], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_a_training_it_ends_the_same(world, tmp_path):
     """SIGKILL at the first checkpoint, then to the end: the same bytes as without."""
     base, yaml = world
