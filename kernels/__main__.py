@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--budget", type=float, default=540.0, metavar="S", help="stop after about S seconds")
     tune.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="forms to search")
     tune.add_argument("--again", type=int, nargs="+", metavar="RANK", default=(), help="search known shapes too")
-    tune.add_argument("--most-tokens", type=int, default=1 << 30, metavar="T", help="of those, only up to T tokens")
+    tune.add_argument("--tokens", type=int, nargs=2, default=(1, 1 << 30), metavar=("LEAST", "MOST"),
+                      help="of those, only of so many tokens")  # fmt: skip
     bench = commands.add_parser("bench", help="measure the grid with the rivals, write it and say what it shows")
     bench.add_argument("--out", type=Path, required=True, help="results file to write; a drawing goes beside it")
     bench.add_argument("--budget", type=float, default=540.0, metavar="S", help="after S seconds no further rival")
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
     from kernels.tune import tune
 
     def again(shape):
-        return shape.rank in args.again and shape.tokens <= args.most_tokens
+        return shape.rank in args.again and args.tokens[0] <= shape.tokens <= args.tokens[1]
 
     print(tune(args.out, budget_s=args.budget, forms=tuple(args.forms), again=again))
     return 0

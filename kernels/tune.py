@@ -31,7 +31,7 @@ from kernels.target import device_name
 from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, write_table
 from kernels.timing import Point, World
 
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
 FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
 COARSE = (8, 64, 512, 4096)
@@ -59,6 +59,7 @@ def shapes() -> list[Shape]:
     grid += [(*SQUARE, 128, t, n) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
     grid += [(*LAYERS[0], 64, t, n) for t in TOKENS for n in FEWER_ADAPTERS]
     grid += [(*SQUARE, rank, t, n) for rank in (16, 32) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
+    grid += [(*SQUARE, rank, t, 4) for rank in (16, 32, 128) for t in FEWER_TOKENS]
     grid += [(*layer, 64, t, n) for layer in LAYERS for t in COARSE for n in (1, 8)]
     shares = [(*row, uneven) for row in dict.fromkeys(grid) if row[-1] <= row[-2]
               for uneven in ((False, True) if row[-2] >= LONG and row[-1] > 1 else (False,))]  # fmt: skip
@@ -66,8 +67,10 @@ def shapes() -> list[Shape]:
 
 
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
-    """Row-tile heights worth trying for this many rows an adapter."""
+    """Row-tile heights worth trying for this many rows an adapter; lower ones too where most adapters have fewer."""
     per_adapter = shape.tokens / shape.adapters
+    if shape.uneven and per_adapter > 128:
+        return (32, 64, 128) if shape.rank <= 128 else (32, 64)
     for bound, rows in ((16, (16,)), (48, (16, 32)), (128, (32, 64))):
         if per_adapter <= bound:
             return rows
@@ -81,7 +84,9 @@ def shrinks(shape: Shape) -> Iterator[Tiling]:
     for rows in _row_tiles(shape):
         span, n_block = (8, 128) if shape.tokens >= 1024 else (1, 256 if rows <= 32 and shape.rank < 128 else 128)
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
-        for k_block, split in product((128, 256, 512), (1, 2, 3, 4, 8, 16, 32)):
+        k_blocks = (64, 128, 256) if shape.tokens >= LONG and rows >= 64 else (128, 256, 512)
+        for k_block, split in product(k_blocks, (1, 2, 3, 4, 8, 16, 32)):
+            stages = 3 if k_block > 64 else 4
             steps = -(-shape.d_in // (k_block * split))
             once = steps == 1  # the program's part of A is fetched whole, before it waits for its predecessor
             empty = (split - 1) * steps * k_block >= shape.d_in  # the last program would have nothing to do
@@ -89,11 +94,11 @@ def shrinks(shape: Shape) -> Iterator[Tiling]:
                 continue
             for rank_block in {max(16, shape.rank // parts) for parts in ((1, 2, 4) if shape.tokens < LONG else (1, 2))}:
                 programs = shape.rank // rank_block * tiles * split
-                fits = k_block * rank_block <= 32768 if once else 3 * k_block * (rank_block + rows) <= 98304
+                fits = k_block * rank_block <= 32768 if once else stages * k_block * (rank_block + rows) <= 98304
                 fair = min(16 * shape.adapters, 96) <= programs <= 800 or (rank_block == shape.rank and split == 1)
                 if fits and fair:
                     warps = 8 if rank_block * k_block >= 32768 or rows == 128 else 4
-                    yield Tiling("two", rows, k_block, split, warps, 3, rows, n_block, span, 4, 3, rank_block)
+                    yield Tiling("two", rows, k_block, split, warps, stages, rows, n_block, span, 4, 3, rank_block)
 
 
 def expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
