@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
     bench = open_workbench(folder / "base", domains, rank=told["r"], alpha=told["lora_alpha"], dropout=0.0, device=device)
     model = load_model(str(folder / "base"), dtype=bench.model.dtype, device=device, seed=0)
     rows = check(model, bench, packing, folder / "adapters", args.policy)
-    tell(model, {"policy": args.policy, "domains": rows}, render, args.out)
+    tell(model, {"policy": args.policy, "domains": rows}, render, args)
     return 0
 
 
