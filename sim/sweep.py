@@ -52,13 +52,19 @@ def build_parser() -> SuggestingParser:
 
 
 def run_cell(args: argparse.Namespace, file=None) -> Outcome:
-    """The summary of one run, or what went wrong with it; in whatever process."""
+    """The summary of one run, or what went wrong with it; in whatever process.
+
+    A run leaves cycles behind, and memory must not grow with the number of runs; but what was there before, which may be
+    much, need not be searched after each.
+    """
+    gc.freeze()
     try:
         return Outcome(summary(args, file), "")
     except (ValueError, OSError, InvariantError, PlanError) as error:
         return Outcome(None, f"{type(error).__name__}: {error}")
     finally:
-        gc.collect()  # a run leaves cycles behind; memory must not grow with the number of runs
+        gc.collect()
+        gc.unfreeze()
 
 
 def sweep(cells: Iterable[Cell], log: ResultLog, work: Callable[[Iterable], Iterator], tell: Callable[[int], None]) -> list:

@@ -4,6 +4,7 @@ latency profile so small that a test can count in it."""
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -76,3 +77,24 @@ def _skip(items, name, reason, unless):
     if marked and not unless():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish(session):
+    """Let Triton's interpreter, where kernels need one, prepare its language once a launch and not again for each call of a
+    function within, which takes most of the time of a kernel of many functions."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    language = interpreter.tl
+    modules = (language, language.core)
+
+    def call(self, *args, **kwargs):
+        used = [module for module in modules if any(value is module for value in self.fn.__globals__.values())]
+        if any(language.core.is_builtin(module.arange) for module in used):
+            interpreter._patch_lang(self.fn)
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call

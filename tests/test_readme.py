@@ -1,6 +1,7 @@
 """The README's commands work as they stand: every `python -m` line of a ```sh block is run, in order, in a copy.
 
-`azure.csv`, the reader's own trace, is played by the sample that ships. A block that must not run is marked ```sh no-test;
+`azure.csv`, the reader's own trace, is played by the first requests of the sample that ships. A block that must not run is
+marked ```sh no-test;
 commands that need a GPU (engine, kernels) are left out here.
 """
 
@@ -19,6 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 NEEDS_GPU = ("engine", "kernels")
+REQUESTS = 300
 NOT_HERE = ("venv", "pip", "pytest")  # setting up, and this suite itself
 
 
@@ -41,7 +43,8 @@ def project(tmp_path_factory):
     copy = tmp_path_factory.mktemp("fresh") / "project"
     ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "results", "tests")
     shutil.copytree(ROOT, copy, ignore=ignored)
-    shutil.copy(ROOT / "traces" / "sample.csv", copy / "azure.csv")
+    rows = (ROOT / "traces" / "sample.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copy / "azure.csv").write_text("".join(rows[: 1 + REQUESTS]), encoding="utf-8")
     return copy
 
 

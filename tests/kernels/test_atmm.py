@@ -67,7 +67,7 @@ def test_a_launch_has_every_argument_of_its_kernel(form, mixture):
 def test_every_form_equals_float32(form, dtype):
     pool, batch, index, random = world(dtype)
     all_of_them = [*itertools.product((-1, 2), ((1, "o"), (0, "qkv")))]
-    for merged, key in all_of_them if dtype == torch.float16 else (all_of_them[0], all_of_them[3]):
+    for merged, key in all_of_them if (form, dtype) == ("default", torch.float16) else (all_of_them[0], all_of_them[3]):
         batch.update(index, merged)
         x, y = tensors(pool, key, len(index), random)
         truth = reference(y, x, pool, batch, key)
@@ -113,9 +113,9 @@ def test_nan_stays_in_its_row():
     pool, batch, _, random = world(DTYPES[1])
     for form in FORMS.values():
         batch.update(np.array([0, 3, 0, 1, 3]))
-        x, y = tensors(pool, (0, "qkv"), 5, random)
+        x, y = tensors(pool, (0, "o"), 5, random)
         x[1] = float("nan")
-        atmm(y, x, pool, batch, (0, "qkv"), tiling=form)
+        atmm(y, x, pool, batch, (0, "o"), tiling=form)
         assert y.isnan().any(1).tolist() == [False, True, False, False, False]
 
 

@@ -64,7 +64,7 @@ def error(y, x, w, b, pool, batch, key):
         (16, [2, 2, 3, -1, 0], -1, "o", Tile(2, 3, 1, parts=1, fetched=2)),
         (20, [0, 1, 2, 3, 4] * 4, 2, "o", Tile(2, 4, 0, parts=2)),
         (6, [2, 2, -1, -1, 2], 2, "qkv", Tile(1, 3, parts=2)),
-        (40, list(range(-1, 5)) * 6, 3, "qkv", Tile(2, 3, parts=2)),
+        (40, list(range(-1, 5)) * 6, 3, "o", Tile(2, 3, parts=2)),
     ],
     ids=["one row", "base rows between", "a graph with room", "mixture", "mixture of base rows", "parts of both sums"],
 )  # fmt: skip
@@ -85,9 +85,9 @@ def test_a_batch_may_change_between_two_launches(pool):
     for merged, index, layer in ((-1, [0, 1, 2, 3], 0), (0, [0, 1, 2, 3], 1), (-1, [-1] * 8, 1), (0, [4], 0), (-1, [4], 1),
                                  (0, [0, 0, -1], 0)):  # fmt: skip
         batch.update(np.array(index), merged)
-        x, w, b = operands(pool, "qkv", 8, seed=len(index), bias=layer)
-        y = joined.linear(x, w, b, pool, batch, (layer, "qkv"), Tile(1, 3, parts=2))
-        assert error(y, x, w, b, pool, batch, (layer, "qkv")) < TOLERANCE[DTYPE], (index, merged)
+        x, w, b = operands(pool, "o", 8, seed=len(index), bias=layer)
+        y = joined.linear(x, w, b, pool, batch, (layer, "o"), Tile(1, 3, parts=2))
+        assert error(y, x, w, b, pool, batch, (layer, "o")) < TOLERANCE[DTYPE], (index, merged)
 
 
 @interpreted

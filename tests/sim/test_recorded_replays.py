@@ -17,11 +17,20 @@ from traces.result_files import read_results
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "engine" / "results" / "replays"
 TRACES = next((path for path in (ROOT / "shared" / "traces", ROOT.parent / "shared" / "traces") if path.exists()), None)
+HELD_OUT = RECORDS.with_name("held-out")
+"""Recorded when profile and model stood, on another GPU of the kind."""
 CELLS = [(folder.name, run.policy) for folder in sorted(RECORDS.iterdir()) for run in read_results(folder)]
+LATER = [(f"held-out/{folder.name}", run.policy) for folder in sorted(HELD_OUT.iterdir()) for run in read_results(folder)]
 
 
 def record_of(replay: str, policy: str):
-    return next(run for run in read_results(RECORDS / replay) if run.policy == policy)
+    folder = RECORDS.parent / replay if "/" in replay else RECORDS / replay
+    return next(run for run in read_results(folder) if run.policy == policy)
+
+
+def trace_of(record) -> Path:
+    path = next(TRACES.rglob(record.config["trace"]["source"]), None)
+    return path or pytest.skip(f"{record.config['trace']['source']} is not here")
 
 
 def test_there_are_records_of_every_workload_under_every_policy_and_of_every_model():
@@ -31,7 +40,7 @@ def test_there_are_records_of_every_workload_under_every_policy_and_of_every_mod
     assert {*product(others, policies[:-1])} <= {*CELLS}
 
 
-@pytest.mark.parametrize(("replay", "policy"), CELLS)
+@pytest.mark.parametrize(("replay", "policy"), CELLS + LATER)
 def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, policy):
     record = record_of(replay, policy)
     assert record.config["engine"]["device"]["name"] == "NVIDIA H200"
@@ -52,10 +61,7 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
     measured, simulated = {}, {}
     for policy in [policy for name, policy in CELLS if name == replay]:
         record = record_of(replay, policy)
-        trace = next(TRACES.rglob(record.config["trace"]["source"]), None)
-        if trace is None:
-            pytest.skip(f"{record.config['trace']['source']} is not here")
-        ours = replicated(record, find_profile("h200", record.config["model"]), str(trace), {}, error_bars=False)
+        ours = replicated(record, find_profile("h200", record.config["model"]), str(trace_of(record)), {}, error_bars=False)
         measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
         assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
     for one, other in combinations(measured, 2):
@@ -63,3 +69,12 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
             assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
     assert errors.max() < 0.045
+
+
+@pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
+@pytest.mark.parametrize(("replay", "policy"), LATER)
+def test_the_simulator_foresees_what_was_recorded_later(replay, policy):
+    record = record_of(replay, policy)
+    ours = replicated(record, find_profile("h200", record.config["model"]), str(trace_of(record)), {}, error_bars=False)
+    measured, simulated = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
+    assert simulated == pytest.approx(measured, rel=0.055)
