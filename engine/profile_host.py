@@ -74,7 +74,7 @@ def host_scene(stage: Stage, name: str, *, seconds: float) -> Row:
     trace = stripped(traffic(engine, config, adapters, seconds / 4, seconds / 4 / QUIET), policy)
     engine.renew(config, policy)
     watched = Watched(policy)
-    with frozen_heap():  # a collection takes long, and the clock runs from when it is made
+    with frozen_heap():
         clock = WallClock(engine.runner)
         Driver(trace, watched, engine.ledger, engine.cost, engine.journal, clock, engine.runner).run()
     run = result([engine.journal], policy=name, operator=engine.operator, counters={"end_ns": 0}, config={})

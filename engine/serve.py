@@ -150,7 +150,7 @@ class Session:
         elif world is not None:
             engine.journal.server = world.rank
             arrivals = parallel.Shared(world, trace, self._router, engine.ledger, policy.name)
-        with frozen_heap():  # a collection takes long, and the clock runs from when it is made
+        with frozen_heap():
             if signals.asked if world is None else world.largest(signals.asked):  # there all start together
                 return None
             driver = Driver(
@@ -180,9 +180,8 @@ def _memory(engine: Engine) -> str:
 
 @contextmanager
 def frozen_heap() -> Iterator[None]:
-    """What exists by now is left out of garbage collection: with torch and transformers loaded a full one stops the loop for
-    longer than a step takes."""
-    gc.collect()
+    """What exists by now, garbage too, is left out of garbage collection meanwhile: with torch and transformers loaded a
+    full one stops the loop for longer than many steps take."""
     gc.freeze()
     try:
         yield

@@ -281,13 +281,14 @@ class WeightSwitch:
         return [(NO_SLOT, minus), (plus, NO_SLOT)]
 
     def tile(self, plus: int, minus: int) -> Tile:
-        """The tile of one launch."""
+        """The tile of one launch, of no more steps than the widest matrix has."""
         rank, subtracts = self._padded_rank(plus, minus), self._subtracts(plus, minus)
-        first = self.weights[0]
-        if not first.is_cuda:
-            return TILES[rank, subtracts]
-        limit_bytes = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
-        return fitted(TILES[rank, subtracts], rank, subtracts, first.itemsize, limit_bytes)
+        first, tile = self.weights[0], TILES[rank, subtracts]
+        if first.is_cuda:
+            limit_bytes = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
+            tile = fitted(tile, rank, subtracts, first.itemsize, limit_bytes)
+        widest = max(weight.shape[1] for weight in self.weights)
+        return tile._replace(steps=min(tile.steps, -(-widest // tile.columns)))
 
     def _subtracts(self, plus: int, minus: int) -> bool:
         return self.form == "in_place" and NO_SLOT not in (plus, minus)

@@ -106,7 +106,7 @@ def _serve(model: Model, decoder: Decoder, case: Case, prompts: list[Prompt], to
     for _ in range(1 + ROUNDS):
         engine.renew(config, policy)
         engine.hold((case.adapter.name,))
-        with frozen_heap():  # a collection takes long, and the clock runs from when it is made
+        with frozen_heap():
             clock = _Counting(engine.runner)
             driver = Driver(trace, policy, engine.ledger, None, engine.journal, clock, engine.runner,
                             prompts=dict(enumerate(prompts)))  # fmt: skip
