@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from engine.profile_parts import Row
+from engine.profile_parts import FEW, Row
 from policies.boost import factor_at
 from policies.cost import Cost
 from policies.plan import Work
@@ -25,6 +25,8 @@ MANY, DEARER = 1024, 1.1
 MOST_SKEW = 2.0
 MOST_KNOWN = 32
 """Adapters up to which the operators were timed by themselves."""
+ALONE = {"mixture_decode": "decode", "mixture_prefill": "prefill", "mixture_few": "decode"}
+"""Tables of an operator by itself, in proportion to which a mixture's are of other ranks."""
 PASS_ROWS = {"slora": 512}
 """Rows of one adapter that an operator's captured kernel computes side by side, before the next (`kernels.baselines`)."""
 
@@ -49,18 +51,20 @@ def branches(rows: Mapping[str, Row], linear: Mapping[int, float], clock: Boost 
     """Operator -> phase -> rank -> adapters -> points: what a step takes longer than the same without its branch."""
     raw: dict[str, dict] = {}
     for key, row in rows.items():
-        if row["what"] not in ("lora", "mixture"):
+        if row["what"] not in ("lora", "mixture", "few"):
             continue
         work = work_of(row["work"])
         operator, rank = (key.split()[1:3]) if row["what"] == "lora" else ("atmm", key.split()[1])
-        phase = ("mixture_" if row["what"] == "mixture" else "") + ("prefill" if work.prefills else "decode")
+        kind = "prefill" if work.prefills else "decode"
+        phase = {"lora": kind, "mixture": f"mixture_{kind}", "few": "mixture_few"}[row["what"]]
+        size = work.decodes + work.prefill_tokens if phase == "mixture_few" else work.lora_tokens
         if work.prefills:
             branch = beside(row["us"], row["plain_us"], work.prefill_tokens, clock)
         else:
             branch = max(row["us"] - row.get("plain_us", linear[work.decodes]), 0.0)
         adapters = work.adapters if row["what"] == "lora" else ANY
         ranks = raw.setdefault(operator, {}).setdefault(phase, {}).setdefault(rank, {})
-        ranks.setdefault(adapters, []).append([work.lora_tokens, branch])
+        ranks.setdefault(adapters, []).append([size, branch])
     for operator, phases in list(raw.items()):
         if not {"decode", "prefill"} <= phases.keys():
             del raw[operator]
@@ -125,11 +129,12 @@ def other_ranks(lora: Mapping[str, dict], known: Profile, rank: int) -> dict[str
             continue
         cost = Cost(known, operator, "fused", adapters)
         for phase in [phase for phase in LORA_PHASES if str(rank) in phases.get(phase, {})]:
-            alone, curves = phase.removeprefix("mixture_"), phases[phase][str(rank)]
+            alone, curves = ALONE.get(phase, phase), phases[phase][str(rank)]
+            most = FEW if phase == "mixture_few" else ANY  # rows that have a branch
             phases[phase] = dict(phases[phase])
             for other in known.lora[operator][alone]:
                 phases[phase].setdefault(str(other), {
-                    number: [[x, us * _ratio(cost, x, int(number), other, rank, alone)] for x, us in points]
+                    number: [[x, us * _ratio(cost, min(x, most), int(number), other, rank, alone)] for x, us in points]
                     for number, points in curves.items()
                 })  # fmt: skip
             phases[phase] = dict(sorted(phases[phase].items(), key=lambda item: int(item[0])))

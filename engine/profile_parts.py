@@ -30,6 +30,8 @@ MIX = 256
 
 SKEWED = ((16, 240), (48, 208), (16, 1008), (48, 976))
 """(requests that decode, of all adapters in turn; rows of a prompt of one of them): steps as replays have them."""
+FEW = 16
+"""Requests that decode in a mixture step with few branches; half of them ask for others than the folded adapter."""
 STEADY = 256
 """Rows up to which a step waits for memory and leaves the GPU's clock where it is."""
 
@@ -113,11 +115,12 @@ def _asked(count: int, adapters: int, mode: str, merged: int, cold: int) -> list
 
 
 def prefill_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], decodes: tuple[int, int] = (0, 0),
-                  adapters: int = 0, mode: str = "plain", merged: int = -1) -> Row:  # fmt: skip
-    """A step of chunks (tokens, context) beside (requests, context) decodes, over `adapters` adapters in turn."""
+                  adapters: int = 0, mode: str = "plain", merged: int = -1, *, folded: bool = False) -> Row:  # fmt: skip
+    """A step of chunks (tokens, context) beside (requests, context) decodes, over `adapters` adapters in turn. In mixture
+    mode half of the requests ask for others than the folded one, and the chunks unless they are `folded`."""
     stage.clear()
     number = MODES[mode]
-    cold = len(sizes) if mode == "mixture" else 0
+    cold = len(sizes) if mode == "mixture" and not folded else 0
     asked = _asked(len(sizes), adapters, mode, merged, cold)
     others = _asked(decodes[0], adapters, mode, merged, decodes[0] // 2)
     stage.load(sorted({a for a in (*asked, *others) if a >= 0} | ({merged} if merged >= 0 else set())))
@@ -128,11 +131,11 @@ def prefill_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], decodes
 
 
 def branch_scene(stage: Stage, what: str, sizes: list[tuple[int, int]], adapters: int, mode: str, merged: int = -1,
-                 decodes: tuple[int, int] = (0, 0)) -> Row:  # fmt: skip
+                 decodes: tuple[int, int] = (0, 0), *, folded: bool = False) -> Row:  # fmt: skip
     """`prefill_scene` with a branch, behind the same step without, and for many rows before another. plain_us: their mean.
     Under a load of prompts the GPU's clock drifts by more than the branch costs; within a second it hardly does."""
     plain = [prefill_scene(stage, what, sizes, decodes)["us"]]
-    row = prefill_scene(stage, what, sizes, decodes, adapters, mode, merged)
+    row = prefill_scene(stage, what, sizes, decodes, adapters, mode, merged, folded=folded)
     if sum(tokens for tokens, _ in sizes) > STEADY:
         plain.append(prefill_scene(stage, what, sizes, decodes)["us"])
     return row | {"plain_us": sum(plain) / len(plain)}
@@ -291,6 +294,11 @@ def lora_jobs(grid: Grid, operator: str, rank: int, adapters: int, *, mixture: b
         for rows in tokens[1:]:
             yield (f"mixture {rank} prefill {rows}",
                    lambda stage, r=rows: branch_scene(stage, "mixture", [(r, 0)], 1, "mixture", 0))  # fmt: skip
+        few = min(FEW, decodes[-1] - 1)
+        for rows in [rows for rows in tokens if few > 1 and rows >= 4 * few]:
+            yield (f"few {rank} {rows}",
+                   lambda stage, r=rows: branch_scene(stage, "few", [(r - few, 0)], others, "mixture", 0,
+                                                      decodes=(few, NEAR), folded=True))  # fmt: skip
 
 
 def lora_sizes(grid: Grid, *, quick: bool) -> tuple[list[int], list[int]]:

@@ -209,11 +209,14 @@ class Cost:
         tokens = decodes + prefill_tokens
         linear = self.prefill_linear_ps(tokens) if prefills else self.linear_ps(tokens)
         phase = self._phase(bool(prefills), mode == MIXTURE)
+        lora = self._branch_ps(rows, adapters, rank, ranks, phase, largest)
+        if lora and phase == "mixture_prefill" and "mixture_few" in self._lora:
+            lora = max(lora, self.lora_ps(tokens, 1, rank if self._padded else ranks / adapters, "mixture_few"))
         return (
             linear + self.output_ps(outputs),
             attention,
             vision,
-            self._branch_ps(rows, adapters, rank, ranks, phase, largest),
+            lora,
             self._host_ps + self._host_request_ps * (decodes + len(prefills)),
             round(self._switch(switch_rank)) if switch_rank else 0,
         )

@@ -22,8 +22,10 @@ LEASE_PARTS = ("base", "load", "wake", "launch", "request", "prompts", "chunk")
 """What `lease_us` may hold, the host's time at the boundary of a lease. Before anything is on the GPU: in all, for each load
 that it starts, and what it takes longer to begin from idleness; then, to prepare and launch the first step: in all, for each
 decoding request, if there are prompts, and for each chunk of one."""
-LORA_PHASES = ("decode", "prefill", "mixture_decode", "mixture_prefill")
-"""Tables that an operator may have, the first two always; without the others, steps in mixture mode are charged by those."""
+LORA_PHASES = ("decode", "prefill", "mixture_decode", "mixture_prefill", "mixture_few")
+"""Tables that an operator may have, the first two always; without the others, steps in mixture mode are charged by those.
+Over the rows that have a branch, but mixture_few: over all tokens of a step with prompts of which few rows have one, what it
+takes at least."""
 
 
 @dataclass(frozen=True)

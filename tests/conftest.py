@@ -65,6 +65,14 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    """With pytest-xdist a process gets neighbouring tests, and makes what those of a module share once; who has done its own
+    takes the last of another's."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "worksteal"
+
+
 def pytest_collection_modifyitems(config, items):
     """Skip what is marked `gpu` where CUDA is absent (torch is only imported if such a test was collected), and what is
     marked `long` unless it is asked for."""

@@ -31,7 +31,7 @@ from engine.rows_file import RowsError, RowsFile  # noqa: E402
 from engine.stage import Stage, Timing  # noqa: E402
 from policies import make_policy  # noqa: E402
 from policies.cost import Cost  # noqa: E402
-from policies.plan import Work  # noqa: E402
+from policies.plan import MIXTURE, Work  # noqa: E402
 from policies.profile import Boost, load_profile, parse_profile  # noqa: E402
 from policies.view import Limits  # noqa: E402
 from traces.assign import make_adapters  # noqa: E402
@@ -131,6 +131,24 @@ def test_tables_say_again_what_they_were_made_from(stage, profile, tmp_path):
     assert data["kind"] == "measured"
     assert data["scatter"]["vision"] == [0.98, 1.04]
     assert data["scatter"]["model"][0] <= 1.0 <= data["scatter"]["model"][1] + 0.04
+
+
+def test_a_mixture_step_with_few_branches_takes_what_its_tokens_say(stage, profile, tmp_path):
+    told, wide = stage(Told), {999_999: [(8.0, 60.0), (128.0, 300.0)]}
+    plain = truth(profile)
+    lora = plain.lora["atmm"] | {f"mixture_{kind}": {8: wide} for kind in ("decode", "prefill")}
+    lora |= {"mixture_few": {8: {999_999: [(16.0, 110.0), (64.0, 350.0)]}}}
+    both = dataclasses.replace(plain, lora=plain.lora | {"atmm": lora})
+    told.cost = Cost(both, "atmm", "fused", make_adapters(4, (8,)))
+    rows = told_rows(told)
+    for job in parts.lora_jobs(GRID, "atmm", 8, 4, mixture=True, quick=False):
+        rows |= {row["key"]: row for row in [parts.attempt(job, told)] if row}
+    assert rows["few 8 64"]["work"][6] == 2 * (7 // 2), "two branches of each request that asks for another adapter"
+    data, _ = profile_of(rows, FACTS, {"device": "nowhere"}, tmp_path / "x.json")
+    found = Cost(parse_profile(tmp_path / "x.json", json.dumps(data).encode()), "atmm", "fused", make_adapters(4, (8,)))
+    for rows, tokens in ((6, 64), (6, 32), (120, 64)):
+        work = Work(MIXTURE, 4, 64, ((tokens - 4, 0),), tokens - 4, 0, rows, 2, 8, 16, 0, 5, 0)
+        assert found.fixed(work)[3] == pytest.approx(told.cost.fixed(work)[3], rel=0.02), (rows, tokens)
 
 
 def test_rows_that_lack_a_part_make_no_profile(stage, tmp_path):
