@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 NEEDS_GPU = ("engine", "kernels")
-REQUESTS = 300
+REQUESTS = 200
 NOT_HERE = ("venv", "pip", "pytest")  # setting up, and this suite itself
 
 
