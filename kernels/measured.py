@@ -16,14 +16,18 @@ import torch
 import triton
 
 
+def asked(command: str) -> dict[str, str]:
+    """Date and command, folders left out of it."""
+    words = (Path(word).name if "/" in word else word for word in command.split())
+    return {"date": datetime.now(UTC).date().isoformat(), "command": " ".join(words)}
+
+
 def provenance(command: str) -> dict[str, str]:
-    """Device, date, versions and command, folders left out of it. Needs a GPU."""
+    """What was `asked`, of which device and versions. Needs a GPU."""
     return {
         "device": torch.cuda.get_device_name(),
-        "date": datetime.now(UTC).date().isoformat(),
         "versions": f"torch {torch.__version__}, triton {triton.__version__}, CUDA {torch.version.cuda}",
-        "command": " ".join(Path(word).name if "/" in word else word for word in command.split()),
-    }
+    } | asked(command)
 
 
 @contextmanager

@@ -192,6 +192,7 @@ class WeightSwitch:
         self.form, self.slots, self.merged = form, slots, NO_SLOT
         self.weights = list(weights)
         self._check_weights(self.weights, "weight")
+        self._widest = max(weight.shape[1] for weight in self.weights)
         self.golden = []
         if form == "golden":
             self.golden = [w.clone() for w in self.weights] if golden is None else list(golden)
@@ -287,8 +288,7 @@ class WeightSwitch:
         if first.is_cuda:
             limit_bytes = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin
             tile = fitted(tile, rank, subtracts, first.itemsize, limit_bytes)
-        widest = max(weight.shape[1] for weight in self.weights)
-        return tile._replace(steps=min(tile.steps, -(-widest // tile.columns)))
+        return tile._replace(steps=min(tile.steps, -(-self._widest // tile.columns)))
 
     def _subtracts(self, plus: int, minus: int) -> bool:
         return self.form == "in_place" and NO_SLOT not in (plus, minus)

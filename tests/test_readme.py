@@ -1,8 +1,7 @@
 """The README's commands work as they stand: every `python -m` line of a ```sh block is run, in order, in a copy.
 
 `azure.csv`, the reader's own trace, is played by the first requests of the sample that ships. A block that must not run is
-marked ```sh no-test;
-commands that need a GPU (engine, kernels) are left out here.
+marked ```sh no-test; commands that need a GPU (engine, kernels) are left out here.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m engine.fusion.latency --fused DIR            domains, base model and adapters that `fuse demo` left there
     python -m engine.fusion.latency --model llava-1.5-7b   random weights at full size, made-up video requests
 
-Both ways serve the same prompts with the same adapter (ledger, policy, runner, CUDA graphs where there are any); a decoded
-answer has as many tokens as the right one. The latency is the mean of a request alone: vision tower, prefill, decode. What
-the head costs or gains in accuracy stands in the report of `fuse`. VaLoRA (EuroSys 2025) saves 41-63 %.
+Both ways serve the same prompts with the same adapter (ledger, policy, runner, on a GPU VaLoRA's operator in CUDA graphs);
+a decoded answer has as many tokens as the right one. The latency is the mean of a request alone: vision tower, prefill,
+decode. What the head costs or gains in accuracy stands in the report of `fuse`. VaLoRA (EuroSys 2025) saves 41-63 %.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from engine.options import TARGETS
 from engine.prompts import MadeUp, Prompt
 from engine.replay import Driver, EngineConfig
 from engine.serve import describe_device, describe_model, frozen_heap, warm_up
+from kernels.measured import asked
 from policies import make_policy
 from policies.plan import Work
 from policies.view import Limits
@@ -214,8 +214,7 @@ def command(parser: SuggestingParser, run: Callable[[argparse.Namespace], int], 
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--out", metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args(argv)
-    args.told = {"date": time.strftime("%Y-%m-%d", time.gmtime()),
-                 "command": " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)])}  # fmt: skip
+    args.told = asked(" ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)]))
     try:
         return run(args)
     except (ValueError, OSError) as error:

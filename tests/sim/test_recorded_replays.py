@@ -15,17 +15,23 @@ from traces.request import Adapter
 from traces.result_files import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "engine" / "results" / "replays"
+RESULTS = ROOT / "engine" / "results"
 TRACES = next((path for path in (ROOT / "shared" / "traces", ROOT.parent / "shared" / "traces") if path.exists()), None)
-HELD_OUT = RECORDS.with_name("held-out")
+
+
+def cells(campaign: str) -> list[tuple[str, str]]:
+    """(campaign/replay, policy) of its records."""
+    folders = sorted((RESULTS / campaign).iterdir())
+    return [(f"{campaign}/{folder.name}", run.policy) for folder in folders for run in read_results(folder)]
+
+
+CELLS = cells("replays")
+LATER = cells("held-out")
 """Recorded when profile and model stood, on another GPU of the kind."""
-CELLS = [(folder.name, run.policy) for folder in sorted(RECORDS.iterdir()) for run in read_results(folder)]
-LATER = [(f"held-out/{folder.name}", run.policy) for folder in sorted(HELD_OUT.iterdir()) for run in read_results(folder)]
 
 
 def record_of(replay: str, policy: str):
-    folder = RECORDS.parent / replay if "/" in replay else RECORDS / replay
-    return next(run for run in read_results(folder) if run.policy == policy)
+    return next(run for run in read_results(RESULTS / replay) if run.policy == policy)
 
 
 def trace_of(record) -> Path:
@@ -35,8 +41,9 @@ def trace_of(record) -> Path:
 
 def test_there_are_records_of_every_workload_under_every_policy_and_of_every_model():
     policies = ("valora", "dlora", "slora", "punica", "merged-only")
-    assert {*product(("code", "conv", "light", "retrieval", "video"), policies)} <= {*CELLS}
-    others = [f"{model}-{what}" for model in ("llava-1.5-13b", "qwen2-vl-7b") for what in ("retrieval", "video")]
+    ours = [f"replays/{what}" for what in ("code", "conv", "light", "retrieval", "video")]
+    assert {*product(ours, policies)} <= {*CELLS}
+    others = [f"replays/{model}-{what}" for model in ("llava-1.5-13b", "qwen2-vl-7b") for what in ("retrieval", "video")]
     assert {*product(others, policies[:-1])} <= {*CELLS}
 
 
