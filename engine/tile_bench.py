@@ -1,9 +1,10 @@
-"""`python -m engine.tile_bench --table FILE`: chooses, inside the engine's decode steps, the tiles of layers with branches.
+"""`python -m engine.tile_bench --table FILE`: chooses, inside the engine's decode steps, the tiles of linears with branches.
 
-`kernels.skinny_bench` times each layer by itself, with weights and factors cold. In a step the layers before it leave L2 and
-the multiprocessors in another state, and tiles that differ by little change places. So here every candidate is put into the
-captured graph of a whole step, and the step is timed: each layer that adapters touch in turn, the others as they stand, for
-every number of rows. It changes `branched` in the table and notes the step's time; nothing else of the table.
+`kernels.skinny_bench` times each linear by itself, with cold weights. In a step the layers before it leave L2 and the
+multiprocessors in another state, and its branches run beside it, for which a tile must leave room. So here every tile is
+timed with its branches, and the fastest are put into the captured graph of a whole step, which is timed: each layer that
+adapters touch in turn, the others as they stand, for every number of rows. It changes `branched` in the table and notes the
+step's time; nothing else of it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from engine.graphs import BRANCHED, PLAIN, empty_batch
+from engine.graphs import BRANCHED, PLAIN
 from engine.models import random_model
 from engine.step_bench import Bench, options
-from kernels import joined
+from kernels import atmm, skinny
 from kernels.launch import EVEN, Launch
-from kernels.linear_tiles import Tile, bucket_of, load, tiles
+from kernels.linear_tiles import Tile, bucket_of, load, measured_tile, tiles
 from kernels.measured import provenance
 from kernels.precompile import compile_all
-from kernels.skinny_bench import branched_candidates
+from kernels.skinny_bench import candidates
 from kernels.target import device_name
 from kernels.tiles import write_table
+from kernels.timing import Point, World
 
-AGAIN = 6
+WORTH = 6
+"""Of the tiles of a linear so many are tried in steps: those that are fastest with their branches, by themselves."""
+AGAIN = 4
 """A layer's best tile may change with the other's: so many of its fastest are tried once more."""
 TOLD_APART = 0.998
 """A tile must make the step this much faster than the one before it to take its place."""
@@ -64,24 +68,34 @@ class Steps:
         self.shapes = {(p.d_out, p.d_in): name for name, p in pool.projections.items()}
 
     def candidates(self, rows: int, shape: Shape) -> list[Tile | None]:
-        """Two launches, and every tile that this device holds."""
+        """The fastest with their branches by themselves, of torch's linear and every tile that this device holds."""
+        lora = self.bench.runner.lora
+        projection = lora.pool.projections[self.shapes[shape]]
+        world = World(Point("decode", projection.d_in, projection.widths, rows, min(rows, self.bench.adapters), lora.rank))
+        took, stands = {}, self.table.setdefault(shape, {}).get(rows)
+        for tile in self._fitting(rows, shape):
+            self.table[shape][rows] = tile
+            took[tile] = world.behind_us(atmm.atmm, atmm.linear, replays=3, calls=32)
+        self.table[shape][rows] = stands
+        return sorted(took, key=took.get)[:WORTH]
+
+    def _fitting(self, rows: int, shape: Shape) -> list[Tile | None]:
         found: list[Tile | None] = [None]
-        for tile in branched_candidates(shape[0], bucket_of(rows)):
+        for tile in candidates(shape[0]):
             even = replace(tile, residents=EVEN)
             with suppress(OutOfResources):
                 self._launch(rows, shape, tile).load()
                 found += [tile, even] if self._launch(rows, shape, even).thins() else [tile]
         return found
 
-    def _launch(self, rows: int, shape: Shape, tile: Tile) -> Launch:
-        lora = self.bench.runner.lora
-        batch = empty_batch(lora, BRANCHED, rows, None)
-        return joined.launch_of(lora.pool, batch, self.shapes[shape], shape[1], bucket_of(rows), tile)
+    @staticmethod
+    def _launch(rows: int, shape: Shape, tile: Tile) -> Launch:
+        return skinny.launch_of(*shape, shape[1], bucket_of(rows), tile, torch.bfloat16, late=True)
 
     def compile(self, rows: Sequence[int]) -> None:
         """All candidates, on all cores."""
         compile_all([self._launch(count, shape, tile) for count in rows for shape in self.shapes
-                     for tile in branched_candidates(shape[0], bucket_of(count))])  # fmt: skip
+                     for tile in candidates(shape[0])])  # fmt: skip
 
     def time_us(self, rows: int, choice: Choice) -> float:
         """The branched step of `rows` requests with these tiles."""
@@ -110,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = "python -m engine.tile_bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
     for rows in args.batches:
         base = bench.decode_us(PLAIN, rows, args.repeats)["graph_us"]
-        start = {shape: steps.table.get(shape, {}).get(rows) for shape in steps.shapes}
+        start = {shape: measured_tile(rows, *shape, torch.bfloat16, branched=True) for shape in steps.shapes}
         before = steps.time_us(rows, start)
         best, took = search([*steps.shapes], lambda shape, rows=rows: steps.candidates(rows, shape),
                             lambda choice, rows=rows: steps.time_us(rows, choice), start)  # fmt: skip

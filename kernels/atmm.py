@@ -15,17 +15,18 @@ from functools import partial
 
 import torch
 import triton
+from torch.nn import functional
 from triton.runtime.errors import OutOfResources
 
-from kernels import branch, joined, skinny, stream
+from kernels import branch, skinny, stream
 from kernels.batch import LONG, Key, LoraBatch, LoraError, LoraPool, Projection
 from kernels.launch import Launch, argument, layers
 from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
-TYPES = dict.fromkeys(("route", "perm", "counts"), torch.int32)
+TYPES = dict.fromkeys(("route", "perm", "counts", "came", "went"), torch.int32)
 TYPES |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
-TYPES |= dict.fromkeys(("split", "least", "former", "span"), 3)
+TYPES |= dict.fromkeys(("split", "least", "former", "span", "shrinkers"), 3)
 """Run-time arguments of the kernels; all others are in the pool's dtype. 16, 3: whole numbers, multiples of 16 or any."""
 
 
@@ -43,31 +44,38 @@ def atmm(
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key
-) -> torch.Tensor:
-    """x W^T + bias with the branches added, [tokens, d_out]: `skinny.linear`, then `atmm`; of few rows one launch, where
-    that was measured to be faster (`kernels.joined`).
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key, *,
+    tiling: Tiling | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """x W^T + bias with the branches added, [tokens, d_out]: as `skinny.linear` and `atmm`, whose tilings see.
+
+    A linear of few rows lets the branch read x, and compute all that needs no y, while it runs.
     """
-    tile = joined.tile_for(x, weight, pool, batch, key[1])
-    if tile:
-        return joined.linear(x, weight, bias, pool, batch, key, tile)
-    y = skinny.linear(x, weight, bias)
-    atmm(y, x, pool, batch, key)
+    if not batch.adapters:
+        return skinny.linear(x, weight, bias)
+    tile = skinny.tile_for(x, weight, branched=True)
+    y = skinny.run(x, weight, bias, tile, late=True) if tile else functional.linear(x, weight, bias)
+    for run in _runs(y, x, pool, batch, key, tiling=tiling, ready=tile is not None):
+        run(y, x, key[0])
     return y
 
 
-def _runs(y, x, pool: LoraPool, batch: LoraBatch, key: Key, *, tiling: Tiling | None = None) -> list:
-    """The launches of a call, each a function of (y, x, layer)."""
+def _runs(
+    y, x, pool: LoraPool, batch: LoraBatch, key: Key, *, tiling: Tiling | None = None, ready: bool = False
+) -> list:  # fmt: skip
+    """The launches of a call, each a function of (y, x, layer). ready: see `branch.shrink`."""
     layer, name = key
     shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.uneven, batch.rank, batch.merged >= 0)
-    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling)
+    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling, ready)
     runs = batch.plans.get(shape_key)
     if runs is None or not 0 <= layer < pool.layers:
         pool.factors(key)  # raises where there is no such layer or projection
         _check(y, x, pool=pool, batch=batch, projection=pool.projections[name])
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
-        runs = batch.plans[shape_key] = _plan(y, x, pool=pool, batch=batch, name=name, tiling=tiling)
+        runs = batch.plans[shape_key] = _plan(
+            y, x, pool=pool, batch=batch, name=name, tiling=tiling, ready=ready
+        )
     return runs
 
 
@@ -86,12 +94,12 @@ def _check(y: torch.Tensor, x: torch.Tensor, *, pool: LoraPool, batch: LoraBatch
         raise LoraError("Triton's interpreter computes bfloat16 wrongly; use float16 or float32 without a GPU")
 
 
-def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None) -> list[Callable]:
+def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling | None, ready: bool) -> list[Callable]:
     """`_runs`, resolved."""
     if batch.tokens == 0 or batch.adapters == 0:
         return []
     mixture = batch.merged >= 0
-    shape, make = _shape(pool, batch, name, (x.stride(0), y.stride(0)))
+    shape, make = _shape(pool, batch, name, (x.stride(0), y.stride(0)), ready=ready)
     if tiling:
         tiling = fitting(tiling, shape.d_in, mixture=mixture)
         launches = make(tiling)
@@ -99,6 +107,8 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     else:
         tiling, launches, runs = _choose(make, shape, batch)
     known = _places(tiling, shape, batch, mixture=mixture)
+    if tiling.form == "under":
+        known |= _meeting(launches[0], shape, batch)
     a, b = layers(pool.a[name]), layers(pool.b[name])
     calls = []
     for launch, run in zip(launches, runs, strict=True):
@@ -119,26 +129,30 @@ def _call(run: Callable, given: list[str], rest: tuple, a: list, b: list) -> Cal
     return call
 
 
-def _shape(pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int]) -> tuple[Shape, Callable]:
+def _shape(
+    pool: LoraPool, batch: LoraBatch, name: str, strides: tuple[int, int], *, ready: bool
+) -> tuple[Shape, Callable]:  # fmt: skip
     """(what decides the tiling of a projection, its launches as a function of the tiling)."""
     projection = pool.projections[name]
     rank = max(16, triton.next_power_of_2(batch.rank))
     uneven = batch.uneven and batch.tokens >= LONG
     shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
     mixture = batch.merged >= 0
-    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters}
+    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters, "ready": ready}
     return shape, partial(resolve, shape, **known)
 
 
 def launches(pool: LoraPool, batch: LoraBatch, name: str, *, bias: bool = False) -> list[Launch]:
     """What `linear` over `batch` will launch for a projection whose x and y are contiguous, to be compiled ahead of it."""
     projection = pool.projections[name]
-    tile = joined.measured_tile(batch.tokens, pool, batch, name)
+    sizes = (projection.d_out, projection.d_in)
+    tile = skinny.measured_tile(batch.tokens, *sizes, pool.dtype, branched=True)
+    first = []
     if tile:
-        tokens = skinny.bucket_of(batch.tokens)
-        return [joined.launch_of(pool, batch, name, projection.d_in, tokens, tile, bias=bias)]
-    shape, make = _shape(pool, batch, name, (projection.d_in, projection.d_out))
-    return make(fitting(lookup(shape.rounded()), shape.d_in, mixture=batch.merged >= 0))
+        rows = skinny.bucket_of(batch.tokens)
+        first = [skinny.launch_of(*sizes, projection.d_in, rows, tile, pool.dtype, bias=bias, late=True)]
+    shape, make = _shape(pool, batch, name, sizes[::-1], ready=tile is not None)
+    return first + make(fitting(lookup(shape.rounded()), shape.d_in, mixture=batch.merged >= 0))
 
 
 def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict:
@@ -152,6 +166,14 @@ def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict
         steps = triton.cdiv(shape.d_in, t.k_block)
         known |= {"least": triton.cdiv(steps, t.split), "former": processors() * t.residents, "span": t.span}
     return known
+
+
+def _meeting(launch: Launch, shape: Shape, batch: LoraBatch) -> dict:
+    """The arguments by which programs of `branch.under` meet."""
+    sizes, tiles = launch.constants, LoraBatch.tile_bound(launch.constants["BM"], shape.tokens, batch.adapters)
+    parts = sizes["SPLIT"] * (sizes["R"] // sizes["BR"]) * sizes["SLICES"] * sizes["PASSES"]
+    came, went = (batch.keep(torch.zeros(tiles, dtype=torch.int32, device=batch.pool.device)) for _ in range(2))
+    return {"came": argument(came), "went": argument(went), "shrinkers": tiles * parts}
 
 
 def _choose(make: Callable, shape: Shape, batch: LoraBatch) -> tuple[Tiling, list[Launch], list[Callable]]:
@@ -172,24 +194,25 @@ def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
     In mixture mode, where a row has two branches, its neighbour of two launches.
     """
     split = min(tiling.split, triton.cdiv(d_in, tiling.k_block))
-    if tiling.form == "two" or not mixture:
+    if tiling.form in ("two", "under") or not mixture:
         return replace(tiling, split=split)
     return replace(tiling, form="two", split=split, span=1, expand_rows=tiling.rows, expand_warps=tiling.warps)
 
 
 def resolve(
     shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int], groups: int | None = None,
+    ready: bool = False,
 ) -> list[Launch]:
     """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form.
 
-    groups: of rows that the grid must have room for; default: the shape's adapters.
+    groups: of rows that the grid must have room for; default: the shape's adapters. ready: see `branch.shrink`.
     """
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, groups = len(shape.widths), groups or shape.adapters
     tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, groups) for rows in (t.rows, t.expand_rows))
     sizes = {"K": shape.d_in, "D": sum(shape.widths), "W0": widths[0], "W1": widths[1], "W2": widths[2]}
     sizes |= {"R": shape.rank, "PASSES": passes, "SLICES": slices, "XS": strides[0], "YS": strides[1]}
-    sizes |= {"PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
+    sizes |= {"READY": ready, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
     sizes |= {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
 
     def launch(kernel, grid: tuple[int, int], warps: int, **own) -> Launch:
@@ -201,6 +224,12 @@ def resolve(
     if t.form == "one":
         return [launch(branch.fused, (t.span, tiles), t.warps, PARTS=t.span, STAGES2=t.expand_stages)]
     expand = {"BM": t.expand_rows, "SPAN": t.span, "STAGES": t.expand_stages}
+    once = t.k_block * t.split >= shape.d_in
+    planes, rank_block = t.split * slices * passes, min(t.rank_block, shape.rank)
+    parts, runs = planes * (shape.rank // rank_block), sum(-(-width // (t.n_block * t.span)) for width in widths)
+    if t.form == "under":
+        programs = tiles * (parts + runs)
+        return [launch(branch.under, (programs, 1), t.warps, BR=rank_block, ONCE=once)]
     if t.form == "stream":
         first, second = (processors() * each for each in (t.residents, t.expand_residents))
         expand |= {"NK": -(-shape.d_in // t.k_block)}
@@ -208,10 +237,7 @@ def resolve(
             launch(stream.shrink_stream, (first, 1), t.warps),
             launch(stream.expand_stream, (second, 1), t.expand_warps, **expand),
         ]
-    planes, rank_block = t.split * slices * passes, min(t.rank_block, shape.rank)
-    once = t.k_block * t.split >= shape.d_in
-    runs = sum(-(-width // (t.n_block * t.span)) for width in widths)
     return [
-        launch(branch.shrink, (planes * (shape.rank // rank_block), tiles), t.warps, BR=rank_block, ONCE=once),
+        launch(branch.shrink, (parts, tiles), t.warps, BR=rank_block, ONCE=once),
         launch(branch.expand, (runs, expand_tiles), t.expand_warps, **expand),
     ]

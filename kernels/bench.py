@@ -22,7 +22,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from kernels import results
-from kernels.atmm import atmm, resolve
+from kernels.atmm import atmm, linear, resolve
 from kernels.baselines import OPERATORS, operator
 from kernels.batch import LONG, LoraBatch
 from kernels.measured import provenance
@@ -64,8 +64,9 @@ def _shape(point: Point) -> Shape:
 
 
 def _launches(point: Point, tiling: Tiling) -> list:
-    strides = (point.d_in, sum(point.widths))
-    return resolve(_shape(point), tiling, torch.bfloat16, mixture=False, strides=strides)
+    known = {"dtype": torch.bfloat16, "mixture": False, "strides": (point.d_in, sum(point.widths))}
+    alike = (False, True) if point.tokens < LONG else (False,)  # back to back, and under a linear
+    return [launch for ready in alike for launch in resolve(_shape(point), tiling, **known, ready=ready)]
 
 
 def _static_points(points: Iterable[Point], phase: str) -> list[Point]:
@@ -84,13 +85,17 @@ def _as_row(point: Point) -> tuple:
     return (*at, point.skew)
 
 
-def rows_at(point: Point, ops: dict[str, Callable], **where) -> Iterator[Row]:
-    """One row for each operator that can run the point; what cannot is said on stderr. where: World's dtype, device."""
+def rows_at(point: Point, ops: dict[str, Callable], linears: dict[str, Callable] | None = None, **where) -> Iterator[Row]:
+    """One row for each operator that can run the point; what cannot is said on stderr. where: World's dtype, device.
+
+    linears: of operators that have a way of their own to run behind the layer's linear.
+    """
     world = World(point, **where)
     for name, op in ops.items():
         try:
             error, us = world.error(op), world.graph_us(op)
-            behind_us = world.behind_us(op) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
+            own = (linears or {}).get(name)
+            behind_us = world.behind_us(op, own) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
         except (torch.OutOfMemoryError, OutOfResources) as reason:
             print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
             continue
@@ -102,7 +107,8 @@ def best_static(points: list[Point]) -> list[Row]:
     candidates = _static_candidates(points)
     compile_all([launch for p in points for t in candidates for launch in _launches(p, t)])
     ops = {str(i): partial(atmm, tiling=tiling) for i, tiling in enumerate(candidates)}
-    rows = [row for point in points for row in rows_at(point, ops)]
+    linears = {str(i): partial(linear, tiling=tiling) for i, tiling in enumerate(candidates)}
+    rows = [row for point in points for row in rows_at(point, ops, linears)]
     by_tiling = [[row for row in rows if row.operator == name] for name in ops]
     whole = [(sum(log(row.us) for row in found), i) for i, found in enumerate(by_tiling) if len(found) == len(points)]
     if not whole:
@@ -120,7 +126,7 @@ def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540
     """
     start, points, rivals = time.monotonic(), grid(), list(rivals)
     compile_all([launch for p in points for launch in _launches(p, lookup(_shape(p)))])
-    rows = [row for point in points for row in rows_at(point, {"atmm": atmm})]
+    rows = [row for point in points for row in rows_at(point, {"atmm": atmm}, {"atmm": linear})]
     print(f"{time.monotonic() - start:4.0f} s: our operator at {len(points)} points", file=sys.stderr)
     for phase in ("decode", "prefill"):
         rows += best_static(_static_points(points, phase))
@@ -165,7 +171,8 @@ def extras() -> dict[str, str]:
     for tokens, adapters, slices in ((1, 1, 1), (8, 8, 1), (32, 8, 1), (256, 8, 1), (32, 8, 3), (4096, 8, 1)):
         world = World(Point("decode", H, (H,) * slices, tokens, adapters, 64))
         for name, op in {"atmm": atmm, "slora": operator("slora"), "vllm": operator("vllm")}.items():
-            us, graph_us, host_us = world.behind_us(op), world.graph_us(op), world.host_us(op)
+            us = world.behind_us(op, linear if name == "atmm" else None)
+            graph_us, host_us = world.graph_us(op), world.host_us(op)
             lines[f"{name}, {tokens} tokens, {adapters} adapters, rank 64, {slices} slices"] = (
                 f"{graph_us:.2f} us back to back, {us:.2f} us behind a linear, host {host_us:.1f} us a call"
             )

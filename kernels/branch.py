@@ -1,4 +1,4 @@
-"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for very many rows.
+"""The Triton kernels of the LoRA branch: shrink (x A^T), expand (y += v B), and both in one for few and for very many rows.
 
 One program of `shrink` and `expand` works on a row tile, rows of one adapter gathered through `perm`; a tile's entry in
 the route list says where its rows, its A and B rows and its scale are, so nothing depends on the host. The kernels know
@@ -18,7 +18,7 @@ from kernels.target import INTERPRETED  # isort: skip  (before triton: it may ch
 import triton
 import triton.language as tl
 
-from kernels.dependent import trigger, wait
+from kernels.dependent import all_stored, trigger, until, wait
 
 if INTERPRETED:
 
@@ -68,28 +68,19 @@ def entry(route, tile, M: tl.constexpr):
 
 
 @triton.jit
-def shrink(
-    x, a, v, route, perm, positions, pool_rows, split,
+def _shrink(
+    x, a, v, route, perm, tile, program, first, rows, offset, rank, scale, positions, pool_rows, split,
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
     BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, IEEE: tl.constexpr,
+    READY: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
-
-    Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
-    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part.
-    """
-    if PDL:
-        trigger()
-    part = tl.program_id(0) % split
-    plane = tl.program_id(0) // split // (R // BR)
-    r = tl.program_id(0) // split % (R // BR) * BR + tl.arange(0, BR)
+    """What one program of `shrink` does, the program-th of a tile whose entry is first .. scale."""
+    part = program % split
+    plane = program // split // (R // BR)
+    r = program // split % (R // BR) * BR + tl.arange(0, BR)
     M: tl.constexpr = PASSES - 1
-    first, rows, offset, rank, scale = entry(route, tl.program_id(1), 0)
-    if (rows == 0) & (tl.program_id(1) > 0):
-        return
     if M:
-        _, _, m_offset, m_rank, m_scale = entry(route, tl.program_id(1), 1)
+        _, _, m_offset, m_rank, m_scale = entry(route, tile, 1)
         is_m = plane >= SLICES
         offset = tl.where(is_m, m_offset, offset)
         rank = tl.where(is_m, m_rank, rank)
@@ -105,24 +96,52 @@ def shrink(
     if ONCE:
         a_tile = tl.load(a_at, mask=a_live if EVEN else a_live & (k < K)[None, :], other=0.0)
     token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
-    if PDL:
+    if PDL and not READY:
         wait()
-    if rows == 0:
-        return
+    CACHE: tl.constexpr = ".cg" if READY else ""  # what this multiprocessor has of x may be of an earlier kernel
     x_at = x + token[:, None] * XS + k[None, :]
     acc = tl.zeros([BM, BR], tl.float32)
     if ONCE:
-        x_tile = tl.load(x_at, mask=live[:, None] if EVEN else live[:, None] & (k < K)[None, :], other=0.0)
+        inside = (k < K)[None, :]
+        x_tile = tl.load(x_at, mask=live[:, None] if EVEN else live[:, None] & inside, other=0.0, cache_modifier=CACHE)
         acc = _dot(x_tile, tl.trans(a_tile), acc, IEEE)
     else:
-        steps = tl.minimum(NK - part * share, share)
+        steps = tl.where(rows > 0, tl.minimum(NK - part * share, share), 0)
         for i in tl.range(0, number(steps), num_stages=STAGES):
             inside = (k + i * BK < K)[None, :]
             a_tile = tl.load(a_at + i * BK, mask=a_live if EVEN else a_live & inside, other=0.0)
-            x_tile = tl.load(x_at + i * BK, mask=live[:, None] if EVEN else live[:, None] & inside, other=0.0)
+            x_live = live[:, None] if EVEN else live[:, None] & inside
+            x_tile = tl.load(x_at + i * BK, mask=x_live, other=0.0, cache_modifier=CACHE)
             acc = _dot(x_tile, tl.trans(a_tile), acc, IEEE)
     v_at = v + ((part * SLICES * PASSES + plane).to(tl.int64) * positions + first) * R + m[:, None] * R + r[None, :]
     tl.store(v_at, acc * scale, mask=live[:, None])
+
+
+@triton.jit
+def shrink(
+    x, a, v, route, perm, positions, pool_rows, split,
+    XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
+    BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
+    READY: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
+
+    Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
+    a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part. READY: x is
+    complete when the kernel starts, and nobody reads v any more; one program waits for the kernel before, at its end.
+    """
+    if PDL:
+        trigger()
+    tile = tl.program_id(1)
+    first, rows, offset, rank, scale = entry(route, tile, 0)
+    if (rows == 0) & (tile > 0):
+        return
+    _shrink(x, a, v, route, perm, tile, tl.program_id(0), first, rows, offset, rank, scale, positions, pool_rows, split,
+            XS, K, R, SLICES, PASSES, BR, BM, BK, ONCE, STAGES, READY, PDL, IEEE)  # fmt: skip
+    if PDL and READY:
+        one = (tl.program_id(0) == 0) & (tile == 0)
+        if one:
+            wait()
 
 
 @triton.jit
@@ -211,6 +230,77 @@ def expand(
                 bm_tile = tl.load(bm_at + i * BN, mask=bm_live if EVEN else bm_live & inside, other=0.0)
                 acc = _dot(vm_tile, bm_tile, acc, IEEE)
             tl.store(y_at + i * BN, acc.to(y.dtype.element_ty), mask=y_live)
+
+
+@triton.jit
+def under(
+    y, x, a, b, v, came, went, route, perm, positions, pool_rows, shrinkers,
+    XS: tl.constexpr, YS: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
+    BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, ONCE: tl.constexpr,
+    STAGES: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """`shrink` and `expand` of few rows in one launch, all but the last sum while the linear that writes y still runs.
+
+    Grid (shrinkers + tiles * runs of BN columns): the first programs do v's parts, the others wait for those of their tile,
+    multiply by B, wait for the kernel before, and add. Programs start in their order, so those waited for run already.
+    came, went int32 [tiles]: programs of either kind that are through with a tile, zero before and after. READY: `shrink`.
+    """
+    if PDL:
+        trigger()
+    PARTS: tl.constexpr = SPLIT * (R // BR) * SLICES * PASSES
+    RUNS: tl.constexpr = (W0 + BN - 1) // BN + (W1 + BN - 1) // BN + (W2 + BN - 1) // BN
+    M: tl.constexpr = PASSES - 1
+    pid = tl.program_id(0)
+    if pid < shrinkers:
+        tile = pid // PARTS
+        first, rows, offset, rank, scale = entry(route, tile, 0)
+        if rows > 0:
+            _shrink(x, a, v, route, perm, tile, pid % PARTS, first, rows, offset, rank, scale, positions, pool_rows, SPLIT,
+                    XS, K, R, SLICES, PASSES, BR, BM, BK, ONCE, STAGES, READY, PDL, IEEE)  # fmt: skip
+            all_stored()  # every thread's stores come before the one thread's release
+            tl.atomic_add(came + tile, 1, sem="release")
+        elif PDL:
+            wait()  # if no tile has rows, this is what the end of the kernel waits for
+    else:
+        tile = (pid - shrinkers) // RUNS
+        first, rows, offset, rank, _ = entry(route, tile, 0)
+        if rows > 0:
+            s, column, width, base = _slice((pid - shrinkers) % RUNS, W0, W1, W2, BN)
+            EVEN: tl.constexpr = W0 % BN == 0 and W1 % BN == 0 and W2 % BN == 0
+            PLANES: tl.constexpr = SLICES * PASSES
+            m = tl.arange(0, BM)
+            r = tl.arange(0, R)
+            n = column + tl.arange(0, BN)
+            live = m < rows
+            inside = (n < width)[None, :]
+            token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
+            b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
+            b_live = (r < rank)[:, None]
+            b_tile = tl.load(b_at, mask=b_live if EVEN else b_live & inside, other=0.0)
+            if M:
+                _, _, m_offset, m_rank, _ = entry(route, tile, 1)
+                bm_at = b + (m_offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
+                bm_live = (r < m_rank)[:, None]
+                bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
+            if PDL and not READY:
+                wait()  # the kernel before may be of the same plan, and still count
+            until(came + tile, PARTS)
+            dtype: tl.constexpr = b.dtype.element_ty
+            v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(dtype)
+            acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
+            if M:
+                vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(dtype)
+                acc = _dot(vm_tile, bm_tile, acc, IEEE)
+            if tl.atomic_add(went + tile, 1, sem="relaxed") == RUNS - 1:
+                tl.store(came + tile, 0)
+                tl.store(went + tile, 0)
+            y_at = y + token[:, None] * YS + (base + n)[None, :]
+            y_live = live[:, None] if EVEN else live[:, None] & inside
+            if PDL and READY:
+                wait()
+            y_tile = tl.load(y_at, mask=y_live, other=0.0)
+            tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=y_live)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Programmatic dependent launch: how kernels of one chain overlap.
+"""Programmatic dependent launch: how kernels of one chain overlap; and how programs of one kernel wait for each other.
 
 A kernel launched with `launch_pdl` starts as soon as every program of its predecessor has called `trigger` or ended, and
 sees its predecessor's results only after `wait`. Every program must call `wait` before it ends: only then does the end of
@@ -26,6 +26,14 @@ if INTERPRETED:
     def fetch(at):
         """Nothing: the interpreter has no cache."""
 
+    @triton.jit
+    def all_stored():
+        """Nothing: the interpreter has one thread."""
+
+    @triton.jit
+    def until(count, target):
+        """Nothing: the interpreter runs the programs in their order."""
+
 else:
 
     @triton.jit
@@ -34,6 +42,17 @@ else:
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
         )
+
+    @triton.jit
+    def all_stored():
+        """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
+        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+    @triton.jit
+    def until(count, target):
+        """Wait until a counter in memory has reached the target, and see what was written before."""
+        while tl.atomic_add(count, 0, sem="acquire") < target:
+            pass
 
     from triton.language.extra.cuda import gdc_launch_dependents as trigger  # noqa: F401
     from triton.language.extra.cuda import gdc_wait as wait  # noqa: F401

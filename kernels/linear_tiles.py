@@ -26,27 +26,27 @@ BUCKETS = (16, 32, 64)
 class Tile:
     """split: parts of the sum over K. stages: of the pipelined loop. held, fetched: blocks of W asked for before the wait,
     up to 3 into registers and shared memory, or any number into L2. shared: 0, or programs a multiprocessor, which share all
-    blocks evenly; `split`, `held` and `fetched` then mean nothing. parts: of a branch's sum over K (`kernels.joined`).
-    residents: most programs on a multiprocessor at once, 0: whatever fits, -1 (`launch.EVEN`): as few as hold the grid."""
+    blocks evenly; `split`, `held` and `fetched` then mean nothing. residents: most programs on a multiprocessor at once, 0:
+    whatever fits, -1 (`launch.EVEN`): as few as hold the grid."""
 
     split: int = 1
     stages: int = 4
     held: int = 0
     shared: int = 0
-    parts: int = 0
     fetched: int = 0
     residents: int = 0
 
 
 Tiles = dict[tuple[int, int], dict[int, Tile | None]]
-"""(rows of W, K) -> most rows of x -> the tile, None where torch's linear (branched: two launches) is as fast."""
+"""(rows of W, K) -> most rows of x -> the tile, None where torch's linear is as fast."""
 
 
 @cache
 def tiles(device: str, *, branched: bool = False) -> Tiles:
     """The measured tiles of a device; none where `python -m kernels.skinny_bench --table` has not run.
 
-    branched: those of launches with LoRA branches. LoraError that names the file and the entry for one that is not a table.
+    branched: those of linears with LoRA branches behind them. LoraError that names the file and the entry for one that is
+    not a table.
     """
     path = FOLDER / f"{device}.json"
     return load(path, branched=branched) if path.exists() else {}
@@ -55,7 +55,8 @@ def tiles(device: str, *, branched: bool = False) -> Tiles:
 def load(path: Path, *, branched: bool = False) -> Tiles:
     """The tiles of a table file; LoraError as `tiles`.
 
-    An entry is of a bucket of rows: its `tile` serves the whole bucket; `branched` has one for each number of rows measured.
+    An entry is of a bucket of rows: its `tile` serves the whole bucket; `branched` has one for each number of rows measured
+    in a step (`engine.tile_bench`).
     """
     found, place = {}, "the file"
     try:
@@ -82,11 +83,17 @@ def bucket_of(rows: int) -> int:
 
 
 def measured_tile(rows: int, columns: int, depth: int, dtype: torch.dtype, *, branched: bool = False) -> Tile | None:
-    """The tile for so many rows and W [columns, depth], if any beat torch (branched: two launches) on this device.
+    """The tile for so many rows and W [columns, depth], if any beat torch on this device.
 
-    It is that of the next larger number of rows measured in the bucket.
+    It is that of the next larger number of rows measured in the bucket. branched: with LoRA branches behind it; the same as
+    without them where no other was measured.
     """
     if INTERPRETED or dtype is not torch.bfloat16 or not 0 < rows <= BUCKETS[-1]:
         return None
-    known, bucket = tiles(device_name(), branched=branched).get((columns, depth), {}), bucket_of(rows)
-    return known.get(min((most for most in known if rows <= most <= bucket), default=0))
+    bucket = bucket_of(rows)
+    for apart in (True, False) if branched else (False,):
+        known = tiles(device_name(), branched=apart).get((columns, depth), {})
+        most = min((most for most in known if rows <= most <= bucket), default=None)
+        if most is not None:
+            return known[most]
+    return None

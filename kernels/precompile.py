@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-from kernels import branch, joined, skinny, stream
+from kernels import branch, skinny, stream
 from kernels.launch import Launch
 
 PATIENCE_S = 3.0
@@ -24,7 +24,7 @@ PATIENCE_S = 3.0
 def compile_one(kernel: str, *resolved) -> str:
     """Compile one launch of a kernel of the operator; the error's text where it does not fit the device, else nothing."""
     try:
-        module = next(module for module in (branch, joined, skinny, stream) if kernel in vars(module))
+        module = next(module for module in (branch, skinny, stream) if kernel in vars(module))
         Launch(getattr(module, kernel), *resolved).compile()
     except Exception as error:  # a tile that does not fit is an answer to the search, whatever the compiler raised
         return f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ not measured, or lost, goes to torch.
 
 from __future__ import annotations
 
-from kernels.target import INTERPRETED, has_dependent_launch, processors  # isort: skip  (before triton)
+from kernels.target import has_dependent_launch, processors  # isort: skip  (before triton)
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from kernels.dependent import fetch, trigger, wait
+from kernels.dependent import all_stored, fetch, trigger, wait
 from kernels.launch import Launch, argument, room
 from kernels.linear_tiles import Tile, bucket_of, measured_tile
 from kernels.pointwise import silu_mul
@@ -58,11 +58,12 @@ def dot(w, x, acc, IEEE: tl.constexpr):
 def partial_sums(
     w_rows, x_rows, live, start, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     SPLIT: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, PDL: tl.constexpr,
-    IEEE: tl.constexpr,
+    IEEE: tl.constexpr, LATE: tl.constexpr = False,
 ):  # fmt: skip
     """float32 [BN, TOKENS]: a program's rows of W with x over one of SPLIT parts of K, at column `start`.
 
-    w_rows [BN], x_rows [TOKENS]: where the rows begin. Waits for the kernel before with HELD or FETCHED blocks under way.
+    w_rows [BN], x_rows [TOKENS]: where the rows begin. Waits for the kernel before with HELD or FETCHED blocks under way;
+    LATE: then triggers.
     """
     NK: tl.constexpr = (K + SPLIT * BK - 1) // (SPLIT * BK)
     EVEN: tl.constexpr = K % (SPLIT * BK) == 0
@@ -80,6 +81,8 @@ def partial_sums(
             lines = start + i * BK + tl.arange(0, BK // LINE) * LINE
             fetch(w_rows[:, None] + tl.minimum(lines, K - 1)[None, :])  # a last part may have fewer columns, or none
         wait()
+        if LATE:
+            trigger()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for i in tl.range(HELD, NK, num_stages=STAGES):
         acc = dot(_weights(w_at, k, i, K, BK, EVEN), _rows(x_at, live, k, i, K, BK, EVEN), acc, IEEE)
@@ -118,20 +121,6 @@ def _finish(y, value, token, live, bias, tile, columns, BN: tl.constexpr, BIAS: 
     tl.store(y + token.to(tl.int64)[:, None] * columns + n[None, :], value, mask=live & (n < columns)[None, :])
 
 
-if INTERPRETED:
-
-    @triton.jit
-    def all_stored():
-        """Nothing: the interpreter has one thread."""
-
-else:
-
-    @triton.jit
-    def all_stored():
-        """Wait for all threads of the program, as tl.debug_barrier; with that in its body a loop would not be pipelined."""
-        tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
 @triton.jit
 def finish(
     acc, y, m, token, live, bias, planes, counters, part, tile, columns,
@@ -162,13 +151,13 @@ def few_rows(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, HELD: tl.constexpr, FETCHED: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr, IEEE: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """y [rows, columns] = x [rows, K] w [columns, K]^T + bias; grid (SPLIT, columns / BN). XS: from row to row of x.
 
-    GATED: y [rows, columns / 2], `_finish`. planes, counters: of `finish`.
+    GATED: y [rows, columns / 2], `_finish`. planes, counters: of `finish`. LATE: see `run`.
     """
-    if PDL:
+    if PDL and not LATE:
         trigger()
     part = tl.program_id(0)
     tile = tl.program_id(1)
@@ -178,7 +167,7 @@ def few_rows(
     start = part * ((K + SPLIT * BK - 1) // (SPLIT * BK) * BK)
     w_rows = w + tl.minimum(n, columns - 1).to(tl.int64) * K
     acc = partial_sums(w_rows, x + m * XS, live, start, K, TOKENS,
-                       BN, BK, SPLIT, STAGES, HELD, FETCHED, PDL, IEEE)  # fmt: skip
+                       BN, BK, SPLIT, STAGES, HELD, FETCHED, PDL, IEEE, LATE)  # fmt: skip
     finish(acc, y, m, m, live, bias, planes, counters, part, tile, columns, TOKENS, BN, SPLIT, BIAS, GATED)
 
 
@@ -215,14 +204,14 @@ def few_rows_shared(
     x, w, bias, y, planes, counters, rows, columns,
     XS: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
     PROGRAMS: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    PDL: tl.constexpr, IEEE: tl.constexpr,
+    LATE: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
     """`few_rows` with the BLOCKS blocks of all tiles laid end to end and shared evenly among PROGRAMS programs.
 
     All programs then end together, and none waits for its first weights but once (the schedule of Stream-K, Osama et al.,
     PPoPP 2023). planes float32 [PROGRAMS, 2, TOKENS, BN]; counters as for `few_rows`.
     """
-    if PDL:
+    if PDL and not LATE:
         trigger()
     NK: tl.constexpr = (K + BK - 1) // BK
     EVEN: tl.constexpr = K % BK == 0
@@ -237,6 +226,8 @@ def few_rows_shared(
     x_at = x + m[:, None] * XS + k[None, :]
     if PDL:
         wait()
+        if LATE:
+            trigger()
     acc = tl.zeros([BN, TOKENS], tl.float32)
     for step in tl.range(LONGEST, num_stages=STAGES):
         u = tl.minimum(start + step, end - 1)  # the last step of a shorter share comes to nothing
@@ -279,9 +270,9 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return run(x, weight, None, tile, gate=True) if tile else silu_mul(functional.linear(x, weight))
 
 
-def tile_for(x: torch.Tensor, weight: torch.Tensor) -> Tile | None:
-    """None: torch's, for what the kernel does not take or was not measured with."""
-    return measured_tile(len(x), *weight.shape, x.dtype) if fits(x, weight) else None
+def tile_for(x: torch.Tensor, weight: torch.Tensor, *, branched: bool = False) -> Tile | None:
+    """None: torch's, for what the kernel does not take or was not measured with. branched: with LoRA branches behind it."""
+    return measured_tile(len(x), *weight.shape, x.dtype, branched=branched) if fits(x, weight) else None
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -299,14 +290,19 @@ def aligned_bias(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return bias.clone() if bias.data_ptr() % 16 else bias
 
 
-def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False) -> torch.Tensor:
-    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes."""
+def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: Tile, *, gate: bool = False,
+        late: bool = False) -> torch.Tensor:  # fmt: skip
+    """`linear`, or `gated`, by the kernel with the given tile, for up to 64 rows. x and weight rows start on 16 bytes.
+
+    late: a kernel behind it with dependent launch starts when x is complete, not sooner, and may read x, past L1, before it
+    waits for y.
+    """
     rows, (columns, depth) = len(x), weight.shape
     tokens = bucket_of(rows)
-    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, x.device)
+    key = (tile, tokens, columns, depth, x.stride(0), x.dtype, bias is None, gate, late, x.device)
     plan = _PLANS.get(key)
     if plan is None:
-        launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias=bias is not None, gate=gate)
+        launch = launch_of(columns, depth, x.stride(0), tokens, tile, x.dtype, bias=bias is not None, gate=gate, late=late)
         plan = _PLANS[key] = _plan(x, columns, launch)
     y = torch.empty(rows, columns // 2 if gate else columns, dtype=x.dtype, device=x.device)
     plan(x, weight, aligned_bias(x, bias), y)
@@ -314,11 +310,11 @@ def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: 
 
 
 def launch_of(columns: int, depth: int, stride: int, tokens: int, tile: Tile, dtype: torch.dtype, *, bias: bool = False,
-              gate: bool = False) -> Launch:  # fmt: skip
+              gate: bool = False, late: bool = False) -> Launch:  # fmt: skip
     """The kernel for W [columns, depth] and rows of x `stride` apart, padded to `tokens`."""
     constants = {
         "XS": stride, "K": depth, "TOKENS": tokens, "BN": BN, "BK": BK, "STAGES": tile.stages, "BIAS": bias, "GATED": gate,
-        "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
+        "LATE": late, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32,
     }  # fmt: skip
     types = dict.fromkeys(("x", "w", "bias", "y"), dtype)
     types |= {"planes": torch.float32, "counters": torch.int32, "rows": 1, "columns": 16 if columns % 16 == 0 else 8}

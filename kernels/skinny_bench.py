@@ -1,11 +1,10 @@
 """Times linear layers of few rows against torch's, every tile, as a decode step pays for them.
 
 A CUDA graph of calls over different weights and factors (cold in L2), each behind the RMSNorm that makes its x; both are
-counted, and behind gate and up their SiLU gate, which ours computes itself. Layers that adapters touch are also timed with
-the branches of up to 16 adapters of rank 64: the linear and then the operator, and both in one launch. A tile of which more
-programs fit on a multiprocessor than an even spread needs is timed with and without that room. CSV to stdout, the fastest
-of a (shape, rows) first; torch's row has no tile. --table writes what `kernels.linear_tiles` looks up. It knows shapes, no
-model's weights.
+counted, and behind gate and up their SiLU gate, which ours computes itself. A tile of which more programs fit on a
+multiprocessor than an even spread needs is timed with and without that room. CSV to stdout, the fastest of a (shape, rows)
+first; torch's row has no tile. --table writes what `kernels.linear_tiles` looks up. It knows shapes, no model's weights, and
+no adapters (`engine.tile_bench`).
 """
 
 from __future__ import annotations
@@ -16,24 +15,18 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, fields, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 import triton
 from torch.nn import functional
 
-from kernels import joined
-from kernels.atmm import atmm
-from kernels.batch import LoraBatch, LoraPool, Projection
 from kernels.launch import EVEN, Launch
-from kernels.linear_tiles import BUCKETS, Tile, bucket_of, load
+from kernels.linear_tiles import Tile, bucket_of, load
 from kernels.measured import provenance
 from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
-from kernels.reference import reference
 from kernels.skinny import launch_of, run
 from kernels.target import INTERPRETED
 from kernels.tiles import write_table
@@ -45,23 +38,14 @@ SHAPES = {
     "qwen2-vl-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
 }
 """(rows of W, K) of q, k, v together, o, gate and up together, down."""
-WIDTHS = {
-    (12288, 4096): (4096,) * 3, (4096, 4096): (4096,), (15360, 5120): (5120,) * 3, (5120, 5120): (5120,),
-    (4608, 3584): (3584, 512, 512), (3584, 3584): (3584,),
-}  # fmt: skip
-"""Slices of the layers that adapters touch."""
-ADAPTERS, RANK = 16, 64
 GATES = tuple(shapes[2] for shapes in SHAPES.values())
 PIPES = ((3, 0, 0), (3, 2, 0), (3, 3, 0), (3, 0, 2), (4, 0, 0), (4, 0, 2), (6, 0, 0), (6, 0, 2), (6, 0, 4))
 """(stages, held, fetched); others were never the fastest of LLaVA-7B's shapes on an H200."""
 SHARED = ((1, 6), (2, 4), (3, 3))
 """(programs a multiprocessor, stages)."""
-PARTS = (1, 2, 3, 4, 8)
 COLD_BYTES = 128 << 20
-MOST_BYTES = 8 << 30
-"""Of weights and factors; a shape whose factors would take more than this to be cold repeats itself sooner."""
 TILE_FIELDS = tuple(field.name for field in fields(Tile))
-COLUMNS = ("columns", "depth", "rows", "branches", *TILE_FIELDS, "us", "floor_us", "error")
+COLUMNS = ("columns", "depth", "rows", *TILE_FIELDS, "us", "floor_us", "error")
 TORCH = ("",) * len(TILE_FIELDS)
 
 
@@ -69,12 +53,6 @@ def candidates(columns: int) -> list[Tile]:
     """Tiles worth a try: sums are cut where the programs would be few, blocks shared where they are many."""
     apart = [Tile(split, stages, held, fetched=fetched) for split in _splits(columns) for stages, held, fetched in PIPES]
     return apart + [Tile(1, stages, shared=shared) for shared, stages in SHARED if columns > 8192]
-
-
-def branched_candidates(columns: int, bucket: int) -> list[Tile]:
-    """Tiles worth a try for a layer and its branches in one launch; held blocks leave no room where rows are many."""
-    held = (0, 3) if bucket == BUCKETS[0] else (0,)
-    return [Tile(*of, parts=parts) for of in product(_splits(columns), (3, 4), held) for parts in PARTS]
 
 
 def _splits(columns: int) -> tuple[int, ...]:
@@ -93,37 +71,9 @@ def spread(tiles: Sequence[Tile], launch: Callable[[Tile], Launch]) -> list[Tile
     return found
 
 
-def precompile(columns: int, depth: int, tokens: int, branched: bool, *tile: int) -> None:
+def precompile(columns: int, depth: int, tokens: int, *tile: int) -> None:
     """Compile one tile into Triton's disk cache."""
-    if branched:
-        pool, batch = _adapters(columns, depth, tokens, torch.bfloat16, "cuda", layers=1)
-        joined.launch_of(pool, batch, "p", depth, tokens, Tile(*tile)).compile()
-    else:
-        launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, gate=(columns, depth) in GATES).compile()
-
-
-def precompile_operator(columns: int, depth: int, rows: int) -> None:
-    """Compile what routes a step's rows and adds their branches, by a call."""
-    pool, batch = _adapters(columns, depth, rows, torch.bfloat16, "cuda", layers=1)
-    x, y = (torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda") for width in (depth, columns))
-    atmm(y, x, pool, batch, (0, "p"))
-
-
-def _adapters(columns: int, depth: int, rows: int, dtype: torch.dtype, device: str, layers: int
-              ) -> tuple[LoraPool, LoraBatch]:  # fmt: skip
-    """A pool of random adapters over so many layers, and a step in which the rows ask for them in turn."""
-    adapters = min(rows, ADAPTERS)
-    pool = LoraPool({"p": Projection(depth, WIDTHS[columns, depth])}, layers=layers, slots=adapters, rows=adapters * RANK,
-                    dtype=dtype, device=device)  # fmt: skip
-    random = torch.Generator(device).manual_seed(1)
-    pool.a["p"].normal_(0, depth**-0.5, generator=random)
-    pool.b["p"].normal_(0, RANK**-0.5, generator=random)
-    for slot in range(adapters):
-        pool.reserve(slot, RANK)
-    batch = LoraBatch(pool, rows)
-    batch.fix(rows, adapters, RANK)
-    batch.update((np.arange(rows) % adapters).astype(np.int32))
-    return pool, batch
+    launch_of(columns, depth, depth, tokens, Tile(*tile), torch.bfloat16, gate=(columns, depth) in GATES).compile()
 
 
 def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> float:
@@ -146,74 +96,40 @@ def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> flo
     return median(spans) / calls
 
 
-def layers_of(columns: int, depth: int, rows: int, itemsize: int) -> int:
-    """Layers over which weights, and the factors of so many rows' adapters if any, are cold, within MOST_BYTES."""
-    weights = columns * depth * itemsize
-    width = columns + depth * len(WIDTHS[columns, depth]) if rows else 0
-    factors = min(rows, ADAPTERS) * RANK * width * itemsize
-    cold = max(-(-COLD_BYTES // each) for each in (weights, factors) if each)
-    return max(2, min(cold, MOST_BYTES // (weights + factors)))
-
-
 def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: str = "cuda", dtype=torch.bfloat16,
-               time_us: Callable = graph_us, branched: Sequence[Tile] = ()) -> list[dict]:
-    """Every tile and torch on one shape, the fastest first; then, with branches, the fastest and the operator, and every
-    tile of `branched`."""
+               time_us: Callable = graph_us) -> list[dict]:
+    """Every tile and torch on one shape, the fastest first."""
     random = torch.Generator(device).manual_seed(0)
-    layers = layers_of(columns, depth, rows if branched else 0, dtype.itemsize)
+    layers = max(2, -(-COLD_BYTES // (columns * depth * dtype.itemsize)))
     weights = torch.empty(layers, columns, depth, dtype=dtype, device=device).normal_(0, depth**-0.5, generator=random)
     residual = torch.empty(rows, depth, dtype=dtype, device=device).normal_(generator=random)
     ones = torch.ones(depth, dtype=dtype, device=device)
     calls = -(-16 // layers) * layers
     gate = (columns, depth) in GATES
-    sizes, floor = (columns, depth, rows), weights[0].nbytes / COPY_TB_S / 1e6
+    floor = weights[0].nbytes / COPY_TB_S / 1e6
 
     def made() -> torch.Tensor:
         return add_rms_norm(None, residual, ones, 1e-5)
 
-    def plain(tile: Tile | None, i: int) -> torch.Tensor:
+    def call(tile: Tile | None, i: int) -> torch.Tensor:
         if tile:
             return run(made(), weights[i % layers], None, tile, gate=gate)
         y = functional.linear(made(), weights[i % layers])
         return silu_mul(y) if gate else y
 
-    def timed(calls_of: list[tuple], truth: torch.Tensor, branches: str, floor: float) -> list[dict]:
-        found = []
-        for tile, call in calls_of:
-            try:
-                error = float((call(0).float() - truth).norm() / truth.norm())
-            except triton.runtime.errors.OutOfResources:
-                continue
-            found.append((time_us(call, calls), tile, f"{error:.1e}"))
-        found.sort(key=lambda each: each[0])
-        lines = [(*sizes, branches, *(astuple(tile) if tile else TORCH), f"{us:.1f}", f"{floor:.1f}", error)
-                 for us, tile, error in found]  # fmt: skip
-        return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
-
     truth = functional.linear(made().float(), weights[0].float())
-    known = (columns, depth, depth, bucket_of(rows))
-    tiles = spread(tiles, lambda tile: launch_of(*known, tile, dtype, gate=gate))
-    plainly = [(tile, partial(plain, tile)) for tile in (None, *tiles)]
-    measured = timed(plainly, silu_mul(truth) if gate else truth, "", floor)
-    if not branched:
-        return measured
-    pool, batch = _adapters(columns, depth, rows, dtype, device, layers)
-    fastest = tile_of(measured[0])
-
-    def in_turn(i: int) -> torch.Tensor:
-        x = made()
-        y = run(x, weights[i % layers], None, fastest) if fastest else functional.linear(x, weights[i % layers])
-        atmm(y, x, pool, batch, (i % layers, "p"))
-        return y
-
-    def together(tile: Tile, i: int) -> torch.Tensor:
-        return joined.linear(made(), weights[i % layers], None, pool, batch, (i % layers, "p"), tile)
-
-    truth = reference(truth, made(), pool, batch, (0, "p"))
-    floor += (pool.a["p"][0].nbytes + pool.b["p"][0].nbytes) / COPY_TB_S / 1e6
-    measured += timed([(fastest, in_turn)], truth, "in turn", floor)
-    branched = spread(branched, lambda tile: joined.launch_of(pool, batch, "p", depth, bucket_of(rows), tile))
-    return measured + timed([(tile, partial(together, tile)) for tile in branched], truth, "joined", floor)
+    truth = silu_mul(truth) if gate else truth
+    known, found = (columns, depth, depth, bucket_of(rows)), []
+    for tile in (None, *spread(tiles, lambda tile: launch_of(*known, tile, dtype, gate=gate))):
+        try:
+            error = float((call(tile, 0).float() - truth).norm() / truth.norm())
+        except triton.runtime.errors.OutOfResources:
+            continue
+        found.append((time_us(partial(call, tile), calls), tile, f"{error:.1e}"))
+    found.sort(key=lambda each: each[0])
+    lines = [(columns, depth, rows, *(astuple(tile) if tile else TORCH), f"{us:.1f}", f"{floor:.1f}", error)
+             for us, tile, error in found]  # fmt: skip
+    return [dict(zip(COLUMNS, line, strict=True)) for line in lines]
 
 
 def tile_of(row: dict) -> Tile | None:
@@ -226,35 +142,21 @@ def entries_of(rows: list[dict]) -> list[dict]:
     """Table entries of one shape's measured rows.
 
     A bucket's tile has the least sum, over its numbers of rows, of its times as shares of torch's, so that many rows count
-    no more than few. With branches each number of rows has a tile of its own, for as many programs as its adapters have.
+    no more than few.
     """
     found = []
     for bucket in sorted({bucket_of(row["rows"]) for row in rows}):
         here = [row for row in rows if bucket_of(row["rows"]) == bucket]
-        times = {each: _times([row for row in here if row["branches"] == each]) for each in ("", "in turn", "joined")}
-        torchs = times[""].pop(None)
-        shares = {tile: [us / torchs[count] for count, us in each.items()] for tile, each in times[""].items()
+        times = _times(here)
+        torchs = times.pop(None)
+        shares = {tile: [us / torchs[count] for count, us in each.items()] for tile, each in times.items()
                   if each.keys() == torchs.keys()}  # fmt: skip
         best = min(shares, key=lambda tile: sum(shares[tile]))
-        entry = {
+        found.append({
             "columns": here[0]["columns"], "depth": here[0]["depth"], "bucket": bucket, "rows": [*torchs],
-            "us": [*times[""][best].values()], "torch_us": [*torchs.values()],
+            "us": [*times[best].values()], "torch_us": [*torchs.values()],
             "tile": asdict(best) if sum(shares[best]) < len(torchs) else None,
-        }  # fmt: skip
-        in_turn = {count: us for each in times["in turn"].values() for count, us in each.items()}
-        if in_turn:
-            joint = times["joined"]
-            fastest = {}
-            for count in torchs:
-                here_us = {tile: us[count] for tile, us in joint.items() if count in us}
-                fastest[count] = min(here_us, key=here_us.get)
-            entry |= {
-                "branched_us": [joint[tile][count] for count, tile in fastest.items()],
-                "in_turn_us": [in_turn[count] for count in torchs],
-                "branched": {count: asdict(tile) if joint[tile][count] < in_turn[count] else None
-                             for count, tile in fastest.items()},
-            }  # fmt: skip
-        found.append(entry)
+        })  # fmt: skip
     return found
 
 
@@ -279,9 +181,7 @@ def write(path: Path, origin: dict, entries: list[dict]) -> None:
     what = (
         "fastest tile of each linear and bucket of rows, null where torch's linear is as fast; us and torch_us: one call of "
         "so many rows in a CUDA graph, weights and factors cold in L2, behind the small kernel that makes its x, both "
-        "counted, for gate and up the SiLU gate too; branched: by number of rows the fastest tile of layer and branches, of "
-        "min(rows, 16) adapters of rank 64, in one launch (branched_us), null where the layer and then the operator is as "
-        "fast (in_turn_us)"
+        "counted, for gate and up the SiLU gate too"
     )
     write_table(path, origin | {"what": what}, kept + entries)
 
@@ -297,22 +197,15 @@ def main(arguments: list[str]) -> int:
         return 1
     shapes = list(dict.fromkeys(shape for model in args.models for shape in SHAPES[model]))
     buckets = sorted({bucket_of(rows) for rows in args.rows})
-    touched = [shape for shape in shapes if shape in WIDTHS]
-    in_parallel(precompile, [
-        *((*shape, tokens, False, *astuple(tile))
-          for shape in shapes for tokens in buckets for tile in candidates(shape[0])),
-        *((*shape, tokens, True, *astuple(tile))
-          for shape in touched for tokens in buckets for tile in branched_candidates(shape[0], tokens)),
-    ])  # fmt: skip
-    in_parallel(precompile_operator, [(*shape, rows) for shape in touched for rows in args.rows])
+    in_parallel(precompile, [(*shape, tokens, *astuple(tile))
+                             for shape in shapes for tokens in buckets for tile in candidates(shape[0])])  # fmt: skip
     origin = provenance(f"python -m kernels.skinny_bench {' '.join(arguments)}".rstrip())
     print("\n".join(f"# {key}: {value}" for key, value in origin.items()), ",".join(COLUMNS), sep="\n")
     entries = []
     for columns, depth in shapes:
         measured = []
         for rows in args.rows:
-            branched = branched_candidates(columns, bucket_of(rows)) if (columns, depth) in WIDTHS else ()
-            measured += shape_rows(columns, depth, rows, candidates(columns), branched=branched)
+            measured += shape_rows(columns, depth, rows, candidates(columns))
             print("\n".join(",".join(map(str, row.values())) for row in measured if row["rows"] == rows), flush=True)
         entries += entries_of(measured)
         if args.table:

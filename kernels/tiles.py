@@ -18,7 +18,7 @@ from kernels.batch import LONG, TILE_ROWS, LoraError
 from kernels.measured import whole_file
 from kernels.target import device_name
 
-FORMS = ("two", "one", "stream")
+FORMS = ("two", "under", "one", "stream")
 FOLDER = Path(__file__).parent / "tiles"
 
 
@@ -27,7 +27,8 @@ class Tiling:
     """One way to run the branch.
 
     form "two": shrink (rows x rank_block tiles of v at most, k_block columns of x a step, the sum over d_in split into
-    `split` planes), then expand (expand_rows x n_block tiles, `span` of them a program). form "one": both in one
+    `split` planes), then expand (expand_rows x n_block tiles, `span` of them a program). form "under": both in one launch,
+    by programs of either kind that meet; expand_rows is rows, expand_warps warps, span 1. form "one": both in one
     program a row tile of `rows`, whose output columns `span` programs share; split, rank_block, expand_rows and
     expand_warps are not used. form "stream": like "two", but a fixed number of programs, `residents` and
     `expand_residents` a processor, share whatever row tiles there are; `split` and `span` bound from below how little
@@ -54,6 +55,8 @@ class Tiling:
             raise LoraError(f"form {self.form!r} must be among {FORMS}")
         if self.form == "stream" and self.rows != self.expand_rows:
             raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be equal in the stream form")
+        if self.form == "under" and (self.rows, self.warps, 1) != (self.expand_rows, self.expand_warps, self.span):
+            raise LoraError(f"{self}: rows, warps and a span of 1 are common to both halves in the form \"under\"")
         if self.rows not in TILE_ROWS or self.expand_rows not in TILE_ROWS:
             raise LoraError(f"rows {self.rows}, expand_rows {self.expand_rows} must be among {TILE_ROWS}")
 

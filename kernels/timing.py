@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from statistics import median
 
 import numpy as np
 import torch
 
+from kernels import skinny
 from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
 
 COPY_TB_S = 4.3
@@ -84,7 +85,7 @@ class World:
         self.batch.update(point.index())
         self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device=device).normal_(generator=random)
         self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device=device).normal_(generator=random)
-        self._linear, self._alone_us = None, {}
+        self._alone_us: dict[int, float] = {}
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,43 +107,45 @@ class World:
     def graph_us(self, op: Callable, *, replays: int = 7, target_us: float = 1500.0) -> float:
         """Median microseconds a call by graph replay; the graph lasts about target_us, every layer equally often."""
         self.y.normal_()
-        op(self.y, self.x, self.pool, self.batch, (0, "p"))
-        graph = self._graph(op, self.layers)  # one round first: a rival may be a hundred times slower than the floor
+
+        def call(i: int) -> None:
+            op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
+
+        graph = captured(call, self.layers)  # one round first: a rival may be a hundred times slower than the floor
         round_us = min(_events_us(graph.replay, 2))
         rounds = max(1, min(round(target_us / round_us), 512 // self.layers or 1))
         if rounds > 1:
-            graph = self._graph(op, rounds * self.layers)
+            graph = captured(call, rounds * self.layers)
         return median(_events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
 
-    def behind_us(self, op: Callable, *, replays: int = 5, calls: int = 48) -> float:
-        """What one call adds where calls occur: behind the linear that wrote y, before the next one.
+    def behind_us(self, op: Callable, linear: Callable | None = None, *, replays: int = 5, calls: int = 48) -> float:
+        """What one call adds where calls occur: behind the layer's linear, of cold weights, before the next one.
 
-        The pair less the linear alone (cuBLAS, of 1,024 inputs), which launches nothing early: no fetch runs ahead.
+        The pair less the linear alone (`skinny.linear`, with which the engine runs every operator). linear: (x, weight,
+        bias, pool, batch, key) -> y, for an operator that has a way of its own to do both.
         """
-        if self._linear is None:
-            inputs = min(1024, self.point.d_in)
-            weight = torch.empty(sum(self.point.widths), inputs, dtype=self.x.dtype, device=self.x.device)
-            weight.normal_(0, inputs**-0.5)
-            self._linear = partial(torch.mm, self.x[:, :inputs], weight.t(), out=self.y)
-            self._linear()
         calls = -(-calls // self.layers) * self.layers
-        if calls not in self._alone_us:
-            alone = self._graph(None, calls, before=self._linear)
-            self._alone_us[calls] = median(_events_us(alone.replay, 9)) / calls
-        op(self.y, self.x, self.pool, self.batch, (0, "p"))
-        pair = self._graph(op, calls, before=self._linear)
-        return median(_events_us(pair.replay, replays)) / calls - self._alone_us[calls]
 
-    def _graph(self, op: Callable | None, calls: int, before: Callable = lambda: None) -> torch.cuda.CUDAGraph:
-        """Captured and replayed once."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                before()
-                if op:
-                    op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
-        graph.replay()
-        return graph
+        def alone(i: int) -> torch.Tensor:
+            return skinny.linear(self.x, self._weights[i % len(self._weights)])
+
+        def pair(i: int) -> None:
+            key = (i % self.layers, "p")
+            if linear:
+                linear(self.x, self._weights[i % len(self._weights)], None, self.pool, self.batch, key)
+            else:
+                op(alone(i), self.x, self.pool, self.batch, key)
+
+        if calls not in self._alone_us:
+            self._alone_us[calls] = median(_events_us(captured(alone, calls).replay, 9)) / calls
+        return median(_events_us(captured(pair, calls).replay, replays)) / calls - self._alone_us[calls]
+
+    @cached_property
+    def _weights(self) -> list[torch.Tensor]:
+        """Of the linear whose output the operator adds to, as often as it takes to be cold."""
+        shape = (sum(self.point.widths), self.point.d_in)
+        copies = max(2, -(-COLD_BYTES // (2 * shape[0] * shape[1])))
+        return [torch.empty(shape, dtype=self.x.dtype, device=self.x.device).normal_(0, 0.02) for _ in range(copies)]
 
     def host_us(self, op: Callable, calls: int = 200) -> float:
         """CPU microseconds to issue one call outside a graph."""
@@ -159,6 +162,17 @@ class World:
             spans.append((perf_counter() - start) / 20 * 1e6)
             torch.cuda.synchronize()
         return median(spans)
+
+
+def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
+    """call(0) .. call(calls - 1), after one outside the capture; replayed once."""
+    call(0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            call(i)
+    graph.replay()
+    return graph
 
 
 def _events_us(run: Callable, times: int) -> list[float]:

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from kernels.atmm import atmm, resolve
+from kernels.atmm import atmm, linear, resolve
 from kernels.batch import LONG, LoraBatch
 from kernels.launch import Launch
+from kernels.linear_tiles import measured_tile
 from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.target import device_name
@@ -35,10 +36,10 @@ TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
 FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
 COARSE = (8, 64, 512, 4096)
-NEAR = 1.05
-"""Of candidates within this factor of the best behind a linear, the best back to back is taken."""
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
+NOISE_US = 0.5
+"""Less than this, what a call costs under a linear that covers most of it, is noise: of such tilings the first stands."""
 COLD = 80 << 20
 """Bytes of factors that calls rotate over: more than L2 holds."""
 GROUP = 45
@@ -101,6 +102,31 @@ def shrinks(shape: Shape) -> Iterator[Tiling]:
                     yield Tiling("two", rows, k_block, split, warps, stages, rows, n_block, span, 4, 3, rank_block)
 
 
+def unders(shape: Shape) -> Iterator[Tiling]:
+    """Candidates for one launch of few rows, whose shrink the linear before covers: few parts, for the sum of them is not
+    covered."""
+    if shape.tokens >= LONG:
+        return
+    for rows in _row_tiles(shape):
+        tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
+        n_block = 128 if shape.rank <= 64 else 64
+        for k_block, split in product((128, 256, 512), (1, 2, 4, 8, 16)):
+            steps = -(-shape.d_in // (k_block * split))
+            once, empty = steps == 1, (split - 1) * steps * k_block >= shape.d_in
+            for rank_block in {max(16, shape.rank // parts) for parts in (1, 2, 4)}:
+                programs = shape.rank // rank_block * tiles * split
+                fits = k_block * rank_block <= 16384 if once else 3 * k_block * (rank_block + rows) <= 49152
+                if fits and not empty and min(8 * shape.adapters, 64) <= programs <= 600:
+                    yield Tiling("under", rows, k_block, split, 4, 3, rows, n_block, 1, 4, 3, rank_block)
+
+
+def under_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
+    """Candidates for the other half beside the best of `unders`."""
+    for n_block, warps in ((32, 4), (64, 4), (128, 4), (128, 8), (256, 8)):
+        if n_block * shape.rank <= 16384:
+            yield replace(best, n_block=n_block, warps=warps, expand_warps=warps)
+
+
 def expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
     """Candidates for the expand beside the best shrink."""
     few = ((64, 1, 2), (128, 1, 2), (256, 1, 2), (256, 2, 2))
@@ -160,14 +186,14 @@ class Search:
 
     def first(self) -> list[Tiling]:
         """What does not depend on what was found."""
-        every = (*shrinks(self.shape), *ones(self.shape), *streams(self.shape))
+        every = (*shrinks(self.shape), *unders(self.shape), *ones(self.shape), *streams(self.shape))
         known = [self.known] if self.known else []
         return known + [tiling for tiling in every if tiling.form in self.forms]
 
     def second(self) -> list[Tiling]:
         """The expand's candidates beside the best shrinks."""
         found = []
-        for form, candidates in (("two", expands), ("stream", stream_expands)):
+        for form, candidates in (("two", expands), ("under", under_expands), ("stream", stream_expands)):
             timed = {tiling: us for tiling, us in self.timed.items() if tiling.form == form and form in self.forms}
             if timed:
                 found += candidates(self.shape, min(timed, key=timed.get))
@@ -175,9 +201,10 @@ class Search:
 
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
         """Every kernel that timing the candidates needs."""
-        strides = (self.shape.d_in, sum(self.shape.widths))
-        resolved = (resolve(self.shape, t, torch.bfloat16, mixture=False, strides=strides) for t in candidates)
-        return [launch for launches in resolved for launch in launches]
+        d_in, d_out, short = self.shape.d_in, sum(self.shape.widths), self.shape.tokens < LONG
+        ready = short and measured_tile(self.shape.tokens, d_out, d_in, torch.bfloat16, branched=True) is not None
+        known = {"dtype": torch.bfloat16, "mixture": False, "strides": (d_in, d_out), "ready": ready}
+        return [launch for tiling in candidates for launch in resolve(self.shape, tiling, **known)]
 
     def time(self, candidates: list[Tiling]) -> World:
         """Time what is new among the candidates; the first world they were timed in."""
@@ -188,35 +215,40 @@ class Search:
             worlds.append(World(replace(point, skew="skew60"), cold_bytes=COLD))
         for tiling in candidates:
             if tiling not in self.timed:
-                self.timed[tiling] = self._product(worlds, partial(atmm, tiling=tiling))
+                self.timed[tiling] = self._product(worlds, tiling)
         return worlds[0]
 
-    def _product(self, worlds: list[World], op: Callable) -> float:
+    def _product(self, worlds: list[World], tiling: Tiling) -> float:
         """Product of the times in all worlds; infinite if it does not fit, or is far behind the best in the first."""
         try:
-            first = self._us(worlds[0], op)
+            first = self._us(worlds[0], tiling)
             self.least = min(first, self.least)
-            return first * prod(self._us(world, op) for world in worlds[1:]) if first < FAR * self.least else inf
+            return first * prod(self._us(world, tiling) for world in worlds[1:]) if first < FAR * self.least else inf
         except OutOfResources:
             return inf
 
-    def _us(self, world: World, op: Callable) -> float:
+    def _us(self, world: World, tiling: Tiling) -> float:
         """Behind a linear where calls are short; back to back where a launch is no part of the matter."""
+        op = partial(atmm, tiling=tiling)
         if self.shape.tokens < LONG:
-            return max(0.1, world.behind_us(op, replays=3, calls=32))
+            return max(NOISE_US, world.behind_us(op, partial(linear, tiling=tiling), replays=3, calls=32))
         return world.graph_us(op, replays=3, target_us=400)
 
     def finish(self) -> dict:
         """The table's entry: the fastest tiling that passes the check against float32, measured again."""
         world = self.time(self.second())
-        while not (error := world.error(partial(atmm, tiling=self.best))) < 1e-2:  # NaN is wrong too
+        while not (error := world.error(partial(self._alone, self.best))) < 1e-2:  # NaN is wrong too
             print(f"wrong: {self.shape} {self.best}: error {error:.1e}", file=sys.stderr)
             self.timed[self.best] = inf
-        chosen = self.best
+        return as_entry(self.shape, self.best, self._us(world, self.best))
+
+    def _alone(self, tiling: Tiling, y: torch.Tensor, x: torch.Tensor, *where) -> None:
+        """The operator as `_us` runs it: behind a linear, here of zeros, where calls are short."""
         if self.shape.tokens < LONG:
-            near = [t for t, us in sorted(self.timed.items(), key=lambda at: at[1]) if us < NEAR * self.timed[chosen]]
-            chosen = min(near[:8], key=lambda tiling: world.graph_us(partial(atmm, tiling=tiling)))
-        return as_entry(self.shape, chosen, world.graph_us(partial(atmm, tiling=chosen)))
+            weight = torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
+            y += linear(x, weight, None, *where, tiling=tiling)
+        else:
+            atmm(y, x, *where, tiling=tiling)
 
 
 def tune(
@@ -255,7 +287,7 @@ def _write(path: Path, entries: list[dict]) -> None:
     """The table with its provenance."""
     header = provenance("python -m kernels tune") | {
         "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, then back to back; the former "
-        "by the product of its times with equal shares and with 60 % on one adapter; us: one call back to back, "
-        "CUDA-graph replay, weights cold in L2",
+        "by the product of its times with equal shares and with 60 % on one adapter; us: one call so, with equal "
+        "shares where it is short, CUDA-graph replay, weights cold in L2",
     }
     write_table(path, header, entries)

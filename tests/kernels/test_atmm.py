@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.atmm import atmm, fitting, resolve
+from kernels import atmm as operator
+from kernels import skinny
+from kernels.atmm import atmm, fitting, linear, resolve
 from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
+from kernels.launch import Launch
+from kernels.linear_tiles import Tile
 from kernels.reference import reference, relative_error
 from kernels.tiles import FORMS as FORMS_OF_ALL
 from kernels.tiles import Shape, Tiling
@@ -20,6 +24,7 @@ FORMS = {
     "planes": Tiling(k_block=32, split=3, n_block=32),
     "more parts than columns": Tiling(k_block=64, split=9, n_block=32),
     "long tiles": Tiling(k_block=32, split=2, rows=32, expand_rows=16, n_block=16, span=2),
+    "halves that meet": Tiling("under", k_block=32, split=3, n_block=32, rank_block=16),
     "one launch": Tiling("one", rows=16, k_block=32, n_block=16, span=2),
     "shared steps": Tiling("stream", k_block=32, split=3, n_block=16, residents=1, expand_residents=3),
     "shared long steps": Tiling("stream", rows=32, expand_rows=32, k_block=64, split=1, n_block=32, span=2),
@@ -213,6 +218,119 @@ def test_graph_replays_with_new_contents(form):
             truth = reference(truth, x[: len(index)], pool, batch, (layer, "o"))
         graph.replay()
         assert relative_error(y[: len(index)], truth) < 1e-2
+
+
+def with_linear(pool, key, tokens, random):
+    """(x, W, bias, float32 truth of the linear alone) of a projection."""
+    p = pool.projections[key[1]]
+    x, _ = tensors(pool, key, tokens, random)
+    w, b = torch.randn(p.d_out, p.d_in, generator=random) * 0.1, torch.randn(p.d_out, generator=random)
+    w, b = w.to(DEVICE, pool.dtype), b.to(DEVICE, pool.dtype)
+    return x, w, b, torch.nn.functional.linear(x.float(), w.float(), b.float())
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(kernel, constants) of what was launched, in order; linears of few rows are tiled."""
+    seen, bind = [], Launch.bind
+
+    def recording(launch, device):
+        run = bind(launch, device)
+        return lambda *arguments: (seen.append((launch.kernel.__name__, launch.constants)), run(*arguments))
+
+    monkeypatch.setattr(Launch, "bind", recording)
+    monkeypatch.setattr(skinny, "_PLANS", {})
+    monkeypatch.setattr(skinny, "fits", lambda x, weight: True)
+    monkeypatch.setattr(skinny, "measured_tile", lambda rows, *shape, branched=False: Tile(2, 3) if rows <= 64 else None)
+    return seen
+
+
+@pytest.mark.parametrize("merged", [-1, 2])
+@pytest.mark.parametrize(
+    ("tiling", "kernels"),
+    [(FORMS["planes"], ["shrink", "expand"]), (FORMS["halves that meet"], ["under"]), (None, ["shrink", "expand"])],
+    ids=["two launches", "one", "the table's"],
+)
+def test_a_linear_and_its_branches_equal_float32(monkeypatch, launched, tiling, kernels, merged):
+    monkeypatch.setattr(operator, "lookup", lambda shape: FORMS["planes"])
+    pool, batch, index, random = world(DTYPES[-1])
+    batch.update(index, merged)
+    key = (1, "qkv")
+    x, w, b, truth = with_linear(pool, key, len(index), random)
+    launched.clear()
+    once = linear(x, w, b, pool, batch, key, tiling=tiling)
+    assert relative_error(once, reference(truth, x, pool, batch, key)) < 1e-2
+    assert [name for name, _ in launched if name.startswith(("few", "sh", "ex", "un"))] == ["few_rows", *kernels]
+    late, ready = (next(c[name] for _, c in launched if name in c) for name in ("LATE", "READY"))
+    assert late == ready == 1, "the branch starts when x is complete, and trusts in it"
+    if tiling is None:
+        ahead = [(launch.kernel.__name__, launch.constants) for launch in operator.launches(pool, batch, "qkv", bias=True)]
+        assert ahead == launched, "what is compiled ahead is what is launched"
+    assert torch.equal(linear(x, w, b, pool, batch, key, tiling=tiling), once), "no launch leaves anything behind"
+
+
+def test_the_branch_of_a_linear_that_is_not_late_waits_for_it(launched):
+    pool, _, _, random = world(DTYPES[-1])
+    batch = LoraBatch(pool, 80)
+    batch.update(np.arange(80) % 5)
+    x, w, b, truth = with_linear(pool, (0, "o"), 80, random)
+    launched.clear()
+    y = linear(x, w, b, pool, batch, (0, "o"), tiling=FORMS["planes"])
+    assert relative_error(y, reference(truth, x, pool, batch, (0, "o"))) < 1e-2
+    assert [(name, constants.get("READY")) for name, constants in launched if name != "route"][-2][1] is False
+
+
+def test_a_linear_without_branches_is_the_linear(launched):
+    pool, batch, _, random = world(DTYPES[-1])
+    batch.update(np.full(5, -1))
+    x, w, b, _ = with_linear(pool, (0, "o"), 5, random)
+    launched.clear()
+    assert torch.equal(linear(x, w, b, pool, batch, (0, "o")), skinny.run(x, w, b, Tile(2, 3)))
+    assert [constants["LATE"] for _, constants in launched] == [False, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["planes", "halves that meet"])
+def test_a_chain_of_linears_that_run_over_their_branches_is_repeatable(launched, form):
+    """Every linear of a graph reads what the branch before it wrote: no branch reads x too early, nor v of another layer."""
+    tiling = {"planes": Tiling(k_block=128, split=4, n_block=64), "halves that meet": Tiling("under", k_block=128, split=4)}
+    layers, wide, rows, place = 6, 1024, 24, {"dtype": torch.bfloat16, "device": "cuda"}
+    random = torch.Generator().manual_seed(0)
+    pool = LoraPool({"p": Projection(wide, (wide,))}, layers=layers, slots=8, rows=8 * 64, **place)
+    for slot in range(8):
+        pairs = [(torch.randn(64, wide, generator=random) * wide**-0.5, torch.randn(64, wide, generator=random) * 0.1)]
+        pool.put(slot, {(layer, "p"): pairs for layer in range(layers)})
+    batch = LoraBatch(pool, rows)
+    batch.fix(rows, 8, 64)
+    batch.update(np.arange(rows) % 8, route=False)
+    weights = [(torch.randn(wide, wide, generator=random) * wide**-0.5).to(**place) for _ in range(layers)]
+    x = torch.randn(rows, wide, generator=random).to(**place)
+
+    def chain(step):
+        h = x
+        for layer in range(layers):
+            h = step(h, weights[layer], (layer, "p"))
+        return h
+
+    def run():
+        batch.route()
+        return chain(lambda h, w, key: linear(h, w, None, pool, batch, key, tiling=tiling[form]))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(20):
+        index = np.random.default_rng(seed).integers(-1, 8, rows)
+        batch.update(index, route=False)
+        x.normal_()
+        truth = chain(lambda h, w, key: reference(h.float() @ w.float().t(), h, pool, batch, key).to(torch.bfloat16))
+        graph.replay()
+        first = out.clone()
+        assert relative_error(first, truth.float()) < 2e-2
+        for _ in range(5):
+            graph.replay()
+            assert torch.equal(out, first)
 
 
 @pytest.mark.parametrize(

@@ -12,50 +12,33 @@ from kernels.linear_tiles import Tile
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's case")
 
 
-def measured(columns, times, branches=""):
+def measured(columns, times):
     """Rows of the bench, in disorder."""
-    return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, branches, *tile, us, "1.0", "1e-6"), strict=True))
+    return [dict(zip(skinny_bench.COLUMNS, (columns, 512, count, *tile, us, "1.0", "1e-6"), strict=True))
             for count, tile, us in sorted(times, key=str)]  # fmt: skip
 
 
 def test_the_bench_writes_what_is_looked_up_and_keeps_other_shapes(tmp_path):
-    torchs, first, second = skinny_bench.TORCH, (2, 3, 1, 0, 0, 0, 0), (1, 4, 0, 2, 0, 0, EVEN)
-    third, fourth = (2, 3, 0, 0, 4, 3, 0), (2, 3, 0, 0, 8, 0, EVEN)
+    torchs, first, second = skinny_bench.TORCH, (2, 3, 1, 0, 0, 0), (1, 4, 0, 2, 0, EVEN)
     ours = measured(64, [(1, first, "1.0"), (1, second, "1.5"), (1, torchs, "2.0"), (16, first, "30.0"),
                          (16, second, "26.0"), (16, torchs, "25.0"), (32, first, "3.0"), (32, torchs, "2.0")])  # fmt: skip
-    ours += measured(64, [(1, first, "4.0"), (16, second, "6.0"), (32, torchs, "3.0")], "in turn")
-    ours += measured(64, [(1, third, "3.0"), (16, third, "6.5"), (1, fourth, "3.5"), (16, fourth, "5.5"),
-                         (32, third, "3.5")], "joined")  # fmt: skip
     origin = {"device": "a GPU", "date": "2026-01-01", "versions": "v", "command": "c"}
     path = tmp_path / "linears.json"
     skinny_bench.write(path, origin, skinny_bench.entries_of(ours))
     found = {(64, 512): {16: Tile(*first), 32: None}}
     assert linear_tiles.load(path) == found, "1 / 2 + 30 / 25 is less than 1.5 / 2 + 26 / 25"
-    assert linear_tiles.load(path, branched=True) == {(64, 512): {1: Tile(*third), 16: Tile(*fourth), 32: None}}
-    assert [entry.get("branched_us") for entry in json.loads(path.read_text())["entries"]] == [[3.0, 5.5], [3.5]]
     again = measured(128, [(1, second, "1.0"), (1, torchs, "2.0")])
     skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(again))
     assert linear_tiles.load(path) == found | {(128, 512): {16: Tile(*second)}}
-    assert linear_tiles.load(path, branched=True)[128, 512] == {}
     assert json.loads(path.read_text())["note"] == "2 of 3 entries are of 2026-01-01"
 
 
 def test_many_rows_count_no_more_than_few():
-    torchs, first, second = skinny_bench.TORCH, (2, 3, 0, 0, 0, 0, 0), (1, 3, 0, 0, 0, 0, 0)
+    torchs, first, second = skinny_bench.TORCH, (2, 3, 0, 0, 0, 0), (1, 3, 0, 0, 0, 0)
     times = [(1, torchs, "10"), (1, first, "8"), (1, second, "9.5"), (16, torchs, "40"), (16, first, "39"),
              (16, second, "36")]  # fmt: skip
     (entry,) = skinny_bench.entries_of(measured(64, times))
     assert (entry["us"], entry["tile"]["split"]) == ([8.0, 39.0], 2), "0.80 + 0.975 < 0.95 + 0.90, though 47 > 45.5"
-
-
-def test_layers_are_enough_for_the_factors_to_be_cold():
-    per_layer = {"weights": 12288 * 4096 * 2, "factors of one": 64 * (3 * 4096 + 12288) * 2}
-    assert skinny_bench.layers_of(12288, 4096, 0, 2) == 2
-    assert skinny_bench.layers_of(12288, 4096, 1, 2) == -(-(128 << 20) // per_layer["factors of one"]) == 43
-    assert skinny_bench.layers_of(12288, 4096, 16, 2) == 3
-    for shape in skinny_bench.WIDTHS:
-        layers = skinny_bench.layers_of(*shape, 1, 2)
-        assert layers * 2 * (shape[0] * shape[1] + 64 * (len(skinny_bench.WIDTHS[shape]) * shape[1] + shape[0])) <= 8 << 30
 
 
 @interpreted
@@ -72,30 +55,15 @@ def test_the_bench_ranks_tiles_and_torch_and_proves_each(monkeypatch):
         assert all(list(row) == list(skinny_bench.COLUMNS) for row in rows)
 
 
-@interpreted
-def test_the_bench_times_branches_behind_the_linear_and_in_it(monkeypatch):
-    monkeypatch.setattr(skinny_bench, "COLD_BYTES", 1)
-    monkeypatch.setattr(skinny_bench, "GATES", ())
-    monkeypatch.setattr(skinny_bench, "WIDTHS", {(64, 512): (64,)})
-    times = iter((3.0, 1.0, 5.0, 4.0, 2.0))
-    branched = [Tile(2, 3, parts=2), Tile(1, 3, parts=4)]
-    rows = skinny_bench.shape_rows(64, 512, 2, [Tile()], "cpu", torch.float32, lambda *_: next(times), branched)
-    assert [(row["branches"], row["us"], row["parts"]) for row in rows] == [
-        ("", "1.0", 0), ("", "3.0", ""), ("in turn", "5.0", 0), ("joined", "2.0", 4), ("joined", "4.0", 2)]  # fmt: skip
-    assert all(float(row["error"]) < 1e-5 for row in rows)
-
-
 def test_the_bench_compiles_ahead_what_it_times(monkeypatch, tmp_path, capsys):
     ahead, timed = {}, set()
 
     def compile_ahead(work, jobs):
         ahead[work.__name__] = jobs
 
-    def time_them(columns, depth, rows, tiles, branched=()):
-        bucket = linear_tiles.bucket_of(rows)
-        timed.update((columns, depth, bucket, False, *vars(tile).values()) for tile in tiles)
-        timed.update((columns, depth, bucket, True, *vars(tile).values()) for tile in branched)
-        return measured(columns, [(rows, (1, 3, 0, 0, 0, 0, 0), "1.0"), (rows, skinny_bench.TORCH, "2.0")])
+    def time_them(columns, depth, rows, tiles):
+        timed.update((columns, depth, linear_tiles.bucket_of(rows), *vars(tile).values()) for tile in tiles)
+        return measured(columns, [(rows, (1, 3, 0, 0, 0, 0), "1.0"), (rows, skinny_bench.TORCH, "2.0")])
 
     monkeypatch.setattr(skinny_bench, "in_parallel", compile_ahead)
     monkeypatch.setattr(skinny_bench, "shape_rows", time_them)
@@ -103,8 +71,7 @@ def test_the_bench_compiles_ahead_what_it_times(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     table = tmp_path / "linears.json"
     assert skinny_bench.main(["--models", "llava-7b", "--rows", "1", "8", "32", "--table", str(table)]) == 0
-    assert len(ahead["precompile"]) == len(timed) == 2 * (12 + 18 + 12 + 18) + 20 + 40 + 10 + 20
+    assert len(ahead["precompile"]) == len(timed) == 2 * (12 + 18 + 12 + 18)
     assert set(ahead["precompile"]) == timed
-    assert ahead["precompile_operator"] == [(*shape, rows) for shape in ((12288, 4096), (4096, 4096)) for rows in (1, 8, 32)]
     assert len(capsys.readouterr().out.splitlines()) == 3 + 4 * 3 * 2
     assert {tile for buckets in linear_tiles.load(table).values() for tile in buckets.values()} == {Tile(1, 3)}
