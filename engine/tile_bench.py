@@ -1,10 +1,11 @@
-"""`python -m engine.tile_bench --table FILE`: chooses, inside the engine's decode steps, the tiles of linears with branches.
+"""`python -m engine.tile_bench --linears FILE --tilings FILE`: chooses tiles inside the engine's decode steps.
 
-`kernels.skinny_bench` times each linear by itself, with cold weights. In a step the layers before it leave L2 and the
-multiprocessors in another state, and its branches run beside it, for which a tile must leave room. So here every tile is
-timed with its branches, and the fastest are put into the captured graph of a whole step, which is timed: each layer that
-adapters touch in turn, the others as they stand, for every number of rows. It changes `branched` in the table and notes the
-step's time; nothing else of it.
+`kernels.skinny_bench` times each linear by itself, and `kernels tune` the branches behind it. In a step the layers before
+leave L2 and the multiprocessors in another state, the layers behind have weights to fetch early, and a tile of the linear
+must leave room for the branch that runs beside it; what is best apart need not be so together. So here the best few of both
+are put into the captured graph of a whole step, which is timed: tile and tiling of each layer that adapters touch in turn,
+the others as they stand, for every number of rows. It changes `branched` in the one table, with the step's time, and the
+entries of the steps' shapes in the other; nothing else of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,123 +32,184 @@ from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.skinny_bench import candidates
 from kernels.target import device_name
-from kernels.tiles import write_table
+from kernels.tiles import Shape, Tiling, as_entry, entry_shape, lookup, neighbours, table, write_table
+from kernels.tiles import load as load_tilings
 from kernels.timing import Point, World
 
 WORTH = 6
 """Of the tiles of a linear so many are tried in steps: those that are fastest with their branches, by themselves."""
+NEAREST = 3
+"""Of the tilings of each form so many are tried, those of the nearest shapes."""
 AGAIN = 4
-"""A layer's best tile may change with the other's: so many of its fastest are tried once more."""
+"""The best of one part may change with the others': so many of its fastest are tried once more."""
 TOLD_APART = 0.998
-"""A tile must make the step this much faster than the one before it to take its place."""
+"""A candidate must make the step this much faster than the one before it to take its place."""
 
-Shape = tuple[int, int]
-Choice = dict[Shape, Tile | None]
+Part = tuple[str, str]
+"""(projection, "tile" of its linear or "tiling" of its branches)."""
+Choice = dict[Part, Tile | Tiling | None]
 
 
-def search(shapes: Sequence[Shape], candidates: Callable[[Shape], Sequence[Tile | None]], time_us: Callable[[Choice], float],
+def search(parts: Sequence[Part], candidates: Callable[[Part], Sequence], time_us: Callable[[Choice], float],
            start: Choice) -> tuple[Choice, float]:  # fmt: skip
-    """The choice of a tile for each shape that `time_us` finds fastest, one shape at a time, from `start`; its time."""
+    """The choice for every part that `time_us` finds fastest, one part at a time, from `start`; its time."""
     best, fastest = dict(start), time_us(start)
-    found = {shape: {} for shape in shapes}
-    for worth in (candidates, lambda shape: sorted(found[shape], key=found[shape].get)[:AGAIN]):
-        for shape in shapes:
-            for tile in worth(shape):
-                found[shape][tile] = time_us(best | {shape: tile})
-                if found[shape][tile] < fastest * TOLD_APART:
-                    best, fastest = best | {shape: tile}, found[shape][tile]
+    found = {part: {} for part in parts}
+    for worth in (candidates, lambda part: sorted(found[part], key=found[part].get)[:AGAIN]):
+        for part in parts:
+            for candidate in worth(part):
+                found[part][candidate] = time_us(best | {part: candidate})
+                if found[part][candidate] < fastest * TOLD_APART:
+                    best, fastest = best | {part: candidate}, found[part][candidate]
     return best, fastest
 
 
 class Steps:
-    """Decode steps whose tiles can be exchanged."""
+    """Decode steps of `rows` requests whose tiles can be exchanged."""
 
-    def __init__(self, bench: Bench, repeats: int):
-        self.bench, self.repeats = bench, repeats
-        self.table = tiles(device_name(), branched=True)
-        pool = bench.runner.lora.pool
-        self.shapes = {(p.d_out, p.d_in): name for name, p in pool.projections.items()}
+    def __init__(self, bench: Bench, repeats: int, rows: int):
+        self.bench, self.repeats, self.rows = bench, repeats, rows
+        self.pool = bench.runner.lora.pool
+        self.linears, self.tilings = tiles(device_name(), branched=True), table(device_name())
+        self.parts: list[Part] = [(name, what) for name in self.pool.projections for what in ("tile", "tiling")]
+        self.near = {name: neighbours(self.shape(name), NEAREST) for name in self.pool.projections}
 
-    def candidates(self, rows: int, shape: Shape) -> list[Tile | None]:
-        """The fastest with their branches by themselves, of torch's linear and every tile that this device holds."""
-        lora = self.bench.runner.lora
-        projection = lora.pool.projections[self.shapes[shape]]
-        world = World(Point("decode", projection.d_in, projection.widths, rows, min(rows, self.bench.adapters), lora.rank))
-        took, stands = {}, self.table.setdefault(shape, {}).get(rows)
-        for tile in self._fitting(rows, shape):
-            self.table[shape][rows] = tile
-            took[tile] = world.behind_us(atmm.atmm, atmm.linear, replays=3, calls=32)
-        self.table[shape][rows] = stands
-        return sorted(took, key=took.get)[:WORTH]
+    def shape(self, name: str) -> Shape:
+        """What decides the tiling of a projection's branches in the step."""
+        projection, lora = self.pool.projections[name], self.bench.runner.lora
+        return Shape(projection.d_in, projection.widths, lora.rank, self.rows, min(self.rows, self.bench.adapters)).rounded()
 
-    def _fitting(self, rows: int, shape: Shape) -> list[Tile | None]:
-        found: list[Tile | None] = [None]
-        for tile in candidates(shape[0]):
-            even = replace(tile, residents=EVEN)
-            with suppress(OutOfResources):
-                self._launch(rows, shape, tile).load()
-                found += [tile, even] if self._launch(rows, shape, even).thins() else [tile]
+    def start(self) -> Choice:
+        """What the tables say."""
+        found: Choice = {}
+        for name, projection in self.pool.projections.items():
+            sizes = (projection.d_out, projection.d_in)
+            found[name, "tile"] = measured_tile(self.rows, *sizes, torch.bfloat16, branched=True)
+            found[name, "tiling"] = lookup(self.shape(name))
         return found
 
-    @staticmethod
-    def _launch(rows: int, shape: Shape, tile: Tile) -> Launch:
-        return skinny.launch_of(*shape, shape[1], bucket_of(rows), tile, torch.bfloat16, late=True)
+    def candidates(self, part: Part) -> list:
+        """Tilings: those of the nearest shapes. Tiles: the fastest with their branches, by themselves, of torch's linear and
+        all that this device holds."""
+        name, what = part
+        if what == "tiling":
+            return self.near[name]
+        world, stands = self._world(name), self._known(name).get(self.rows)
+        took = {}
+        for tile in self._fitting(name):
+            self._known(name)[self.rows] = tile
+            took[tile] = world.behind_us(atmm.atmm, atmm.linear, replays=3, calls=32)
+        self._known(name)[self.rows] = stands
+        return sorted(took, key=took.get)[:WORTH]
 
-    def compile(self, rows: Sequence[int]) -> None:
+    def alone_us(self, name: str, tiling: Tiling) -> float:
+        """What the branches of a projection add to its linear, by themselves."""
+        return self._world(name).behind_us(atmm.atmm, partial(atmm.linear, tiling=tiling))
+
+    def _world(self, name: str) -> World:
+        shape = self.shape(name)
+        return World(Point("decode", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank))
+
+    def _known(self, name: str) -> dict[int, Tile | None]:
+        projection = self.pool.projections[name]
+        return self.linears.setdefault((projection.d_out, projection.d_in), {})
+
+    def _fitting(self, name: str) -> list[Tile | None]:
+        found: list[Tile | None] = [None]
+        for tile in candidates(self.pool.projections[name].d_out):
+            even = replace(tile, residents=EVEN)
+            with suppress(OutOfResources):
+                self._launch(name, tile).load()
+                found += [tile, even] if self._launch(name, even).thins() else [tile]
+        return found
+
+    def _launch(self, name: str, tile: Tile) -> Launch:
+        sizes = (self.pool.projections[name].d_out, self.pool.projections[name].d_in)
+        return skinny.launch_of(*sizes, sizes[1], bucket_of(self.rows), tile, torch.bfloat16, late=True)
+
+    def compile(self) -> None:
         """All candidates, on all cores."""
-        compile_all([self._launch(count, shape, tile) for count in rows for shape in self.shapes
-                     for tile in candidates(shape[0])])  # fmt: skip
+        launches = []
+        for name, projection in self.pool.projections.items():
+            launches += [self._launch(name, tile) for tile in candidates(projection.d_out)]
+            known = {"mixture": False, "strides": (projection.d_in, projection.d_out), "ready": True}
+            for tiling in self.near[name]:
+                fitted = atmm.fitting(tiling, projection.d_in, mixture=False)
+                launches += atmm.resolve(self.shape(name), fitted, torch.bfloat16, **known)
+        compile_all(launches)
 
-    def time_us(self, rows: int, choice: Choice) -> float:
-        """The branched step of `rows` requests with these tiles."""
-        for shape, tile in choice.items():
-            self.table.setdefault(shape, {})[rows] = tile
+    def take(self, choice: Choice) -> None:
+        """Make the tables say so."""
+        for (name, what), chosen in choice.items():
+            if what == "tile":
+                self._known(name)[self.rows] = chosen
+            else:
+                self.tilings[self.shape(name)] = chosen
+        lookup.cache_clear()
+
+    def time_us(self, choice: Choice) -> float:
+        """The branched step with these."""
+        self.take(choice)
         graphs = self.bench.runner.graphs
-        graphs.forget(BRANCHED, rows)
-        graphs.capture((BRANCHED,), (rows,))
-        return self.bench.decode_us(BRANCHED, rows, self.repeats)["graph_us"]
+        graphs.forget(BRANCHED, self.rows)
+        graphs.capture((BRANCHED,), (self.rows,))
+        return self.bench.decode_us(BRANCHED, self.rows, self.repeats)["graph_us"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m engine.tile_bench", description=__doc__.split("\n\n")[0])
     options(parser)
-    parser.add_argument("--table", type=Path, required=True, help="what `kernels.skinny_bench --table` wrote, to be changed")
+    parser.add_argument("--linears", type=Path, required=True, help="table of `kernels.skinny_bench --table`, to be changed")
+    parser.add_argument("--tilings", type=Path, required=True, help="table of `kernels tune`, to be changed")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU; tiles are chosen by timing one")
-    load(args.table)
-    document = json.loads(args.table.read_text())
+    load(args.linears)
+    load_tilings(args.tilings)
+    documents = {path: json.loads(path.read_text()) for path in (args.linears, args.tilings)}
     bench = Bench(random_model(args.model, dtype=torch.bfloat16, device="cuda"), args)
-    steps, graphs = Steps(bench, args.repeats), bench.runner.graphs
+    graphs = bench.runner.graphs
     graphs.buckets = sorted(args.batches)
-    steps.compile(args.batches)
     graphs.capture((PLAIN,))
-    command = "python -m engine.tile_bench " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    origin = provenance("python -m engine.tile_bench " + " ".join(sys.argv[1:] if arguments is None else arguments))
     for rows in args.batches:
-        base = bench.decode_us(PLAIN, rows, args.repeats)["graph_us"]
-        start = {shape: measured_tile(rows, *shape, torch.bfloat16, branched=True) for shape in steps.shapes}
-        before = steps.time_us(rows, start)
-        best, took = search([*steps.shapes], lambda shape, rows=rows: steps.candidates(rows, shape),
-                            lambda choice, rows=rows: steps.time_us(rows, choice), start)  # fmt: skip
-        for shape, tile in best.items():
-            steps.table[shape][rows] = tile
+        steps = Steps(bench, args.repeats, rows)
+        steps.compile()
+        base, start = bench.decode_us(PLAIN, rows, args.repeats)["graph_us"], steps.start()
+        before = steps.time_us(start)
+        best, took = search(steps.parts, steps.candidates, steps.time_us, start)
+        steps.take(best)
         print(f"{rows} rows: base {base:.0f} us, branches {before / base:.3f}x before, {took / base:.3f}x now: {best}",
               file=sys.stderr, flush=True)  # fmt: skip
-        _note(document, rows, best, {"base_us": base, "before_us": before, "us": took})
-        document["in_step"] = {**provenance(command), "what": "`branched` as chosen in whole decode steps; see `step_us`"}
-        write_table(args.table, {k: v for k, v in document.items() if k != "entries"}, document["entries"])
+        for name, projection in steps.pool.projections.items():
+            times = {"base_us": base, "before_us": before, "us": took}
+            sizes = (projection.d_out, projection.d_in)
+            note_tile(documents[args.linears], rows, sizes, best[name, "tile"], times)
+            tiling = best[name, "tiling"]
+            if tiling != start[name, "tiling"]:
+                note_tiling(documents[args.tilings], as_entry(steps.shape(name), tiling, steps.alone_us(name, tiling)))
+        documents[args.linears]["in_step"] = {**origin, "what": "`branched` as chosen in whole decode steps; see `step_us`"}
+        documents[args.tilings]["in_step"] = {**origin, "what": "entries `in_step` are as chosen in whole decode steps"}
+        for path, document in documents.items():
+            write_table(path, {key: value for key, value in document.items() if key != "entries"}, document["entries"])
     return 0
 
 
-def _note(document: dict, rows: int, best: Choice, took: dict[str, float]) -> None:
-    """Put a number of rows' tiles into the table's entries. KeyError for a shape that the table lacks."""
-    for (columns, depth), tile in best.items():
-        entry = next((e for e in document["entries"]
-                      if (e["columns"], e["depth"], e["bucket"]) == (columns, depth, bucket_of(rows))), None)  # fmt: skip
-        if entry is None:
-            raise KeyError(f"the table has no entry for {columns} x {depth} in the bucket of {rows} rows; run skinny_bench")
-        entry.setdefault("branched", {})[str(rows)] = tile and asdict(tile)
-        entry.setdefault("step_us", {})[str(rows)] = took
+def note_tile(document: dict, rows: int, sizes: tuple[int, int], tile: Tile | None, took: dict[str, float]) -> None:
+    """Put the tile for (columns, depth) and a number of rows into the table's entry. KeyError if the table lacks it."""
+    key = (*sizes, bucket_of(rows))
+    entry = next((e for e in document["entries"] if (e["columns"], e["depth"], e["bucket"]) == key), None)
+    if entry is None:
+        raise KeyError(f"the table has no entry for {sizes[0]} x {sizes[1]} in the bucket of {rows} rows; run skinny_bench")
+    entry.setdefault("branched", {})[str(rows)] = tile and asdict(tile)
+    entry.setdefault("step_us", {})[str(rows)] = took
+
+
+def note_tiling(document: dict, entry: dict) -> None:
+    """Put an entry in the place of its shape's, or behind the others."""
+    shape, entries = entry_shape(entry), document["entries"]
+    place = next((i for i, known in enumerate(entries) if entry_shape(known) == shape), len(entries))
+    entries[place : place + 1] = [entry | {"in_step": True}]
 
 
 if __name__ == "__main__":

@@ -147,6 +147,16 @@ def lookup(shape: Shape) -> Tiling:
     return entries[near] if near else default(shape)
 
 
+def neighbours(shape: Shape, each: int) -> list[Tiling]:
+    """Distinct tilings worth a try for a shape: of every form those of its `each` nearest tuned shapes of that form."""
+    entries = [(known, tiling) for known, tiling in table(device_name()).items() if known.rank >= shape.rank]
+    found: dict[Tiling, None] = {}
+    for form in FORMS:
+        alike = [(known, tiling) for known, tiling in entries if tiling.form == form]
+        found |= dict.fromkeys(tiling for _, tiling in sorted(alike, key=lambda one: shape.distance(one[0]))[:each])
+    return [*found]
+
+
 def entry_shape(entry: dict) -> Shape:
     """The shape of a row of a table file. KeyError where a size is missing."""
     sizes = {name: entry[name] for name in ("d_in", "rank", "tokens", "adapters")}

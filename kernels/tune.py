@@ -256,14 +256,16 @@ def tune(
 ) -> Path:
     """Search all shapes within about budget_s and write the device's table; what the file has is kept.
 
-    again: of a Shape, whether to search these forms for it although the file has it; the faster tiling stays.
+    again: of a Shape, whether to search these forms for it although the file has it; the faster tiling stays, and what was
+    chosen in whole steps (`engine.tile_bench`) in any case.
     Raises LoraError if the file that is there is no table.
     """
     path = path or FOLDER / f"{device_name()}.json"
     known = load(path) if path.exists() else {}
     kept = json.loads(path.read_text())["entries"] if known else []
     entries = {entry_shape(entry): entry for entry in kept}
-    wanted = [shape for shape in shapes() if shape not in known or (again and again(shape))]
+    stands = {shape for shape, entry in entries.items() if entry.get("in_step")}
+    wanted = [shape for shape in shapes() if shape not in known or (again and again(shape) and shape not in stands)]
     searches = [Search(shape, forms, known.get(shape)) for shape in wanted]
     print(f"{len(searches)} shapes to tune, {len(known)} known", file=sys.stderr)
     start = time.monotonic()
