@@ -261,7 +261,9 @@ def under(
             all_stored()  # every thread's stores come before the one thread's release
             tl.atomic_add(came + tile, 1, sem="release")
         elif PDL:
-            wait()  # if no tile has rows, this is what the end of the kernel waits for
+            none = tile == 0  # no tile has rows: then this is what the end of the kernel waits for
+            if none:
+                wait()
     else:
         tile = (pid - shrinkers) // RUNS
         first, rows, offset, rank, _ = entry(route, tile, 0)
