@@ -50,7 +50,11 @@ else:
 
     @triton.jit
     def until(count, target):
-        """Wait until a counter in memory has reached the target, and see what was written before."""
+        """Wait until a counter in memory has reached the target, and see what was written before.
+
+        One thread reads (Triton makes it a load) and all go on together: by a load of every thread's own, some might still
+        wait when the program has told that it is through, and whoever resets the counter then would leave them there.
+        """
         while tl.atomic_add(count, 0, sem="acquire") < target:
             pass
 
