@@ -233,6 +233,52 @@ def expand(
 
 
 @triton.jit
+def _add_met(
+    y, b, v, came, went, route, perm, tile, run, first, rows, offset, rank, positions,
+    PARTS: tl.constexpr, RUNS: tl.constexpr, YS: tl.constexpr, D: tl.constexpr,
+    W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, PASSES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
+):  # fmt: skip
+    """The run-th of RUNS programs of a tile whose entry is first .. rank: waits for its PARTS, and adds to y."""
+    s, column, width, base = _slice(run, W0, W1, W2, BN)
+    EVEN: tl.constexpr = W0 % BN == 0 and W1 % BN == 0 and W2 % BN == 0
+    PLANES: tl.constexpr = SLICES * PASSES
+    M: tl.constexpr = PASSES - 1
+    m = tl.arange(0, BM)
+    r = tl.arange(0, R)
+    n = column + tl.arange(0, BN)
+    live = m < rows
+    inside = (n < width)[None, :]
+    token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
+    b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
+    b_live = (r < rank)[:, None]
+    b_tile = tl.load(b_at, mask=b_live if EVEN else b_live & inside, other=0.0)
+    if M:
+        _, _, m_offset, m_rank, _ = entry(route, tile, 1)
+        bm_at = b + (m_offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
+        bm_live = (r < m_rank)[:, None]
+        bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
+    if PDL and not READY:
+        wait()  # the kernel before may be of the same plan, and still count
+    until(came + tile, PARTS)
+    dtype: tl.constexpr = b.dtype.element_ty
+    v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(dtype)
+    acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
+    if M:
+        vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(dtype)
+        acc = _dot(vm_tile, bm_tile, acc, IEEE)
+    if tl.atomic_add(went + tile, 1, sem="relaxed") == RUNS - 1:
+        tl.store(came + tile, 0)
+        tl.store(went + tile, 0)
+    y_at = y + token[:, None] * YS + (base + n)[None, :]
+    y_live = live[:, None] if EVEN else live[:, None] & inside
+    if PDL and READY:
+        wait()
+    y_tile = tl.load(y_at, mask=y_live, other=0.0)
+    tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=y_live)
+
+
+@triton.jit
 def under(
     y, x, a, b, v, came, went, route, perm, positions, pool_rows, shrinkers,
     XS: tl.constexpr, YS: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
@@ -250,7 +296,6 @@ def under(
         trigger()
     PARTS: tl.constexpr = SPLIT * (R // BR) * SLICES * PASSES
     RUNS: tl.constexpr = (W0 + BN - 1) // BN + (W1 + BN - 1) // BN + (W2 + BN - 1) // BN
-    M: tl.constexpr = PASSES - 1
     pid = tl.program_id(0)
     if pid < shrinkers:
         tile = pid // PARTS
@@ -268,41 +313,8 @@ def under(
         tile = (pid - shrinkers) // RUNS
         first, rows, offset, rank, _ = entry(route, tile, 0)
         if rows > 0:
-            s, column, width, base = _slice((pid - shrinkers) % RUNS, W0, W1, W2, BN)
-            EVEN: tl.constexpr = W0 % BN == 0 and W1 % BN == 0 and W2 % BN == 0
-            PLANES: tl.constexpr = SLICES * PASSES
-            m = tl.arange(0, BM)
-            r = tl.arange(0, R)
-            n = column + tl.arange(0, BN)
-            live = m < rows
-            inside = (n < width)[None, :]
-            token = tl.load(perm + first + m, mask=live, other=0).to(tl.int64)
-            b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
-            b_live = (r < rank)[:, None]
-            b_tile = tl.load(b_at, mask=b_live if EVEN else b_live & inside, other=0.0)
-            if M:
-                _, _, m_offset, m_rank, _ = entry(route, tile, 1)
-                bm_at = b + (m_offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]
-                bm_live = (r < m_rank)[:, None]
-                bm_tile = tl.load(bm_at, mask=bm_live if EVEN else bm_live & inside, other=0.0)
-            if PDL and not READY:
-                wait()  # the kernel before may be of the same plan, and still count
-            until(came + tile, PARTS)
-            dtype: tl.constexpr = b.dtype.element_ty
-            v_tile = _planes(v, s, first + m, live, r, rank, positions, R, PLANES, SPLIT).to(dtype)
-            acc = _dot(v_tile, b_tile, tl.zeros([BM, BN], tl.float32), IEEE)
-            if M:
-                vm_tile = _planes(v, s + SLICES, first + m, live, r, m_rank, positions, R, PLANES, SPLIT).to(dtype)
-                acc = _dot(vm_tile, bm_tile, acc, IEEE)
-            if tl.atomic_add(went + tile, 1, sem="relaxed") == RUNS - 1:
-                tl.store(came + tile, 0)
-                tl.store(went + tile, 0)
-            y_at = y + token[:, None] * YS + (base + n)[None, :]
-            y_live = live[:, None] if EVEN else live[:, None] & inside
-            if PDL and READY:
-                wait()
-            y_tile = tl.load(y_at, mask=y_live, other=0.0)
-            tl.store(y_at, (acc + y_tile).to(y.dtype.element_ty), mask=y_live)
+            _add_met(y, b, v, came, went, route, perm, tile, (pid - shrinkers) % RUNS, first, rows, offset, rank, positions,
+                     PARTS, RUNS, YS, D, W0, W1, W2, R, SLICES, PASSES, BM, BN, SPLIT, READY, PDL, IEEE)  # fmt: skip
 
 
 @triton.jit
