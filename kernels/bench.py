@@ -125,14 +125,17 @@ def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540
     prefill first; what budget_s does not allow is left out, as the header says.
     """
     start, points, rivals = time.monotonic(), grid(), list(rivals)
+    what = "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32"
+    floor = f"max(bytes / {COPY_TB_S} TB/s, flops / {MATMUL_TFLOP_S:.0f} TFLOP/s)"
+    header = {"what": what, **provenance("python -m kernels bench"), "floor_us": floor}
     compile_all([launch for p in points for launch in _launches(p, lookup(_shape(p)))])
+    print(f"{time.monotonic() - start:4.0f} s: compiled", file=sys.stderr)
     rows = [row for point in points for row in rows_at(point, {"atmm": atmm}, {"atmm": linear})]
+    results.write(out, rows, header | {"cut short": "before the static tilings"})
     print(f"{time.monotonic() - start:4.0f} s: our operator at {len(points)} points", file=sys.stderr)
     for phase in ("decode", "prefill"):
         rows += best_static(_static_points(points, phase))
-    what = "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32"
-    floor = f"max(bytes / {COPY_TB_S} TB/s, flops / {MATMUL_TFLOP_S:.0f} TFLOP/s)"
-    header = {"what": what, **provenance("python -m kernels bench"), "floor_us": floor} | extras()
+    header |= extras()
     if keep:
         rows += [row for row in results.read(keep) if row.operator in rivals]
         header["rivals kept"] = f"from {keep.name} of {results.header(keep).get('date')}"
@@ -148,6 +151,7 @@ def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540
         left_out += late and bool(missing)
         rows += [] if late or not missing else rows_at(point, missing)
         if done % 50 == 0:
+            results.write(out, rows, header | {"cut short": f"rivals at {done + 1} of {len(points)} points"})
             print(f"{time.monotonic() - start:4.0f} s: rivals at {done + 1} of {len(points)} points", file=sys.stderr)
     counts = {"points": len(points), "points with rivals missing, out of time": left_out}
     results.write(out, rows, header | counts)

@@ -1,0 +1,81 @@
+"""The search for tilings: what it tries for each shape, and in which order. Nothing is timed."""
+
+import pytest
+import torch
+
+from kernels import tune
+from kernels.batch import LONG
+from kernels.tiles import Shape, Tiling
+
+SQUARE = (4096, (4096,))
+
+
+def test_every_candidate_of_every_shape_has_its_launches():
+    forms = set()
+    for shape in tune.shapes():
+        search = tune.Search(shape)
+        search.timed = {tiling: float(i) for i, tiling in enumerate(search.first())}
+        candidates = [*search.timed, *search.second()]
+        assert len(search.launches(candidates)) >= len(candidates) > 1, shape
+        forms |= {(tiling.form, shape.tokens < LONG) for tiling in candidates}
+    assert forms == {("two", True), ("under", True), ("two", False), ("stream", False), ("one", False)}
+
+
+def test_the_second_stage_keeps_the_best_shrink_of_every_form():
+    search = tune.Search(Shape(*SQUARE, 64, 8, 8))
+    search.timed = {tiling: float(i) for i, tiling in enumerate(search.first())}
+    best = {form: next(tiling for tiling in search.timed if tiling.form == form) for form in ("two", "under")}
+    for tiling in search.second():
+        like = best[tiling.form]
+        assert (tiling.k_block, tiling.split, tiling.rank_block) == (like.k_block, like.split, like.rank_block)
+    widths = {tiling.n_block for tiling in search.second() if tiling.form == "under"}
+    assert len(widths) > 2
+
+
+def test_a_form_that_is_not_asked_for_is_not_tried():
+    search = tune.Search(Shape(*SQUARE, 64, 8, 8), forms=("under",), known=Tiling())
+    search.timed = dict.fromkeys(search.first(), 1.0)
+    assert search.first()[0] == Tiling(), "the one to beat"
+    assert {tiling.form for tiling in [*search.first()[1:], *search.second()]} == {"under"}
+
+
+def test_a_tiling_far_behind_the_best_is_timed_no_further(monkeypatch):
+    search, took = tune.Search(Shape(*SQUARE, 64, 32, 8)), {Tiling(): [2.0, 4.0], Tiling(n_block=256): [2.5, 0.0]}
+    monkeypatch.setattr(search, "_us", lambda world, tiling: took[tiling][world])
+    assert [search._product([0, 1], tiling) for tiling in took] == [8.0, float("inf")]
+
+
+def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
+    shapes = [Shape(*SQUARE, 64, tokens, 8) for tokens in (8, 16, 32)]
+    path = tmp_path / "a-gpu.json"
+    entries = [tune.as_entry(shape, Tiling(), 4.0) for shape in shapes[:2]]
+    tune.write_table(path, {"device": "a GPU"}, [entries[0] | {"in_step": True}, entries[1]])
+    searched = []
+
+    class Search(tune.Search):
+        def first(self):
+            return []
+
+        def second(self):
+            return []
+
+        def time(self, candidates):
+            """Nothing."""
+
+        def finish(self):
+            searched.append(self.shape)
+            return tune.as_entry(self.shape, Tiling("under"), 3.0)
+
+    for name, stand_in in (("shapes", lambda: shapes), ("Search", Search), ("compile_all", lambda launches: None),
+                           ("provenance", lambda command: {"command": command})):  # fmt: skip
+        monkeypatch.setattr(tune, name, stand_in)
+    tune.tune(path, again=lambda shape: True)
+    assert searched == shapes[1:]
+    assert [tiling.form for tiling in tune.load(path).values()] == ["two", "under", "under"]
+
+
+@pytest.mark.gpu
+def test_a_search_ends_with_a_tiling_that_is_right():
+    entry = tune.Search(Shape(512, (512,), 16, 8, 4), known=Tiling(k_block=128, split=4)).finish()
+    assert 0 < entry["us"] < 1000
+    assert torch.cuda.is_available()
