@@ -47,7 +47,7 @@ def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pool: LoraPool, batch: LoraBatch, key: Key, *,
     tiling: Tiling | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """x W^T + bias with the branches added, [tokens, d_out]: as `skinny.linear` and `atmm`, whose tilings see.
+    """x W^T + bias with the branches added, [tokens, d_out]: `skinny.linear`, then what `atmm` does, whose errors see.
 
     A linear of few rows lets the branch read x, and compute all that needs no y, while it runs.
     """
@@ -73,9 +73,8 @@ def _runs(
         _check(y, x, pool=pool, batch=batch, projection=pool.projections[name])
         if len(batch.plans) >= MAX_PLANS:
             batch.plans.clear()
-        runs = batch.plans[shape_key] = _plan(
-            y, x, pool=pool, batch=batch, name=name, tiling=tiling, ready=ready
-        )
+        known = {"pool": pool, "batch": batch, "name": name, "tiling": tiling, "ready": ready}
+        runs = batch.plans[shape_key] = _plan(y, x, **known)
     return runs
 
 
