@@ -253,9 +253,9 @@ def launched(monkeypatch):
 )
 def test_a_linear_and_its_branches_equal_float32(monkeypatch, launched, tiling, kernels, merged):
     monkeypatch.setattr(operator, "lookup", lambda shape: FORMS["planes"])
-    pool, batch, index, random = world(DTYPES[-1])
+    pool, batch, index, random = world(DTYPES[-1], 9)
     batch.update(index, merged)
-    key = (1, "qkv")
+    key = (1, "qkv" if merged < 0 else "o")
     x, w, b, truth = with_linear(pool, key, len(index), random)
     launched.clear()
     once = linear(x, w, b, pool, batch, key, tiling=tiling)
@@ -264,7 +264,7 @@ def test_a_linear_and_its_branches_equal_float32(monkeypatch, launched, tiling, 
     late, ready = (next(c[name] for _, c in launched if name in c) for name in ("LATE", "READY"))
     assert late == ready == 1, "the branch starts when x is complete, and trusts in it"
     if tiling is None:
-        ahead = [(launch.kernel.__name__, launch.constants) for launch in operator.launches(pool, batch, "qkv", bias=True)]
+        ahead = [(launch.kernel.__name__, launch.constants) for launch in operator.launches(pool, batch, key[1], bias=True)]
         assert ahead == launched, "what is compiled ahead is what is launched"
     assert torch.equal(linear(x, w, b, pool, batch, key, tiling=tiling), once), "no launch leaves anything behind"
 
