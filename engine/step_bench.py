@@ -32,6 +32,7 @@ from engine.replay import EngineConfig
 from engine.sequence import Decodes
 from engine.sequence import Sequence as Served
 from engine.serve import describe_device, describe_model
+from kernels import timing
 from policies import make_policy
 from policies.plan import BASE, MIXTURE, UNMERGED, Plan
 from policies.view import Limits
@@ -46,13 +47,7 @@ MODES = {PLAIN: BASE, BRANCHED: UNMERGED, MIXED: MIXTURE}
 
 def events_us(run: Callable[[], None], times: int) -> float:
     """Median microseconds of `times` runs on the GPU."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
-    for start, stop in pairs:
-        start.record()
-        run()
-        stop.record()
-    torch.cuda.synchronize()
-    return median(1e3 * start.elapsed_time(stop) for start, stop in pairs)
+    return median(timing.events_us(run, times))
 
 
 def weights_bytes(model: Model) -> int:

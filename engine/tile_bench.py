@@ -14,23 +14,21 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-from triton.runtime.errors import OutOfResources
 
 from engine.graphs import BRANCHED, PLAIN
 from engine.models import random_model
 from engine.step_bench import Bench, options
 from kernels import atmm, skinny
-from kernels.launch import EVEN, Launch
+from kernels.launch import Launch
 from kernels.linear_tiles import Tile, bucket_of, load, measured_tile, tiles
 from kernels.measured import provenance
 from kernels.precompile import compile_all
-from kernels.skinny_bench import candidates
+from kernels.skinny_bench import candidates, spread
 from kernels.target import device_name
 from kernels.tiles import Shape, Tiling, as_entry, entry_shape, lookup, neighbours, table, write_table
 from kernels.tiles import load as load_tilings
@@ -79,12 +77,16 @@ class Steps:
         projection, lora = self.pool.projections[name], self.bench.runner.lora
         return Shape(projection.d_in, projection.widths, lora.rank, self.rows, min(self.rows, self.bench.adapters)).rounded()
 
+    def sizes(self, name: str) -> tuple[int, int]:
+        """(columns, depth) of a projection's linear."""
+        projection = self.pool.projections[name]
+        return projection.d_out, projection.d_in
+
     def start(self) -> Choice:
         """What the tables say."""
         found: Choice = {}
-        for name, projection in self.pool.projections.items():
-            sizes = (projection.d_out, projection.d_in)
-            found[name, "tile"] = measured_tile(self.rows, *sizes, torch.bfloat16, branched=True)
+        for name in self.pool.projections:
+            found[name, "tile"] = measured_tile(self.rows, *self.sizes(name), torch.bfloat16, branched=True)
             found[name, "tiling"] = lookup(self.shape(name))
         return found
 
@@ -96,36 +98,26 @@ class Steps:
             return self.near[name]
         world, stands = self._world(name), self._known(name).get(self.rows)
         took = {}
-        for tile in self._fitting(name):
+        for tile in (None, *spread(candidates(self.sizes(name)[0]), partial(self._launch, name))):
             self._known(name)[self.rows] = tile
-            took[tile] = world.behind_us(atmm.atmm, atmm.linear, replays=3, calls=32)
+            took[tile] = world.behind_us(atmm.linear, replays=3, calls=32)
         self._known(name)[self.rows] = stands
         return sorted(took, key=took.get)[:WORTH]
 
     def alone_us(self, name: str, tiling: Tiling) -> float:
         """What the branches of a projection add to its linear, by themselves."""
-        return self._world(name).behind_us(atmm.atmm, partial(atmm.linear, tiling=tiling))
+        return self._world(name).behind_us(partial(atmm.linear, tiling=tiling))
 
     def _world(self, name: str) -> World:
         shape = self.shape(name)
         return World(Point("decode", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank))
 
     def _known(self, name: str) -> dict[int, Tile | None]:
-        projection = self.pool.projections[name]
-        return self.linears.setdefault((projection.d_out, projection.d_in), {})
-
-    def _fitting(self, name: str) -> list[Tile | None]:
-        found: list[Tile | None] = [None]
-        for tile in candidates(self.pool.projections[name].d_out):
-            even = replace(tile, residents=EVEN)
-            with suppress(OutOfResources):
-                self._launch(name, tile).load()
-                found += [tile, even] if self._launch(name, even).thins() else [tile]
-        return found
+        return self.linears.setdefault(self.sizes(name), {})
 
     def _launch(self, name: str, tile: Tile) -> Launch:
-        sizes = (self.pool.projections[name].d_out, self.pool.projections[name].d_in)
-        return skinny.launch_of(*sizes, sizes[1], bucket_of(self.rows), tile, torch.bfloat16, late=True)
+        columns, depth = self.sizes(name)
+        return skinny.launch_of(columns, depth, depth, bucket_of(self.rows), tile, torch.bfloat16, late=True)
 
     def compile(self) -> None:
         """All candidates, on all cores."""
@@ -181,10 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps.take(best)
         print(f"{rows} rows: base {base:.0f} us, branches {before / base:.3f}x before, {took / base:.3f}x now: {best}",
               file=sys.stderr, flush=True)  # fmt: skip
-        for name, projection in steps.pool.projections.items():
-            times = {"base_us": base, "before_us": before, "us": took}
-            sizes = (projection.d_out, projection.d_in)
-            note_tile(documents[args.linears], rows, sizes, best[name, "tile"], times)
+        times = {"base_us": base, "before_us": before, "us": took}
+        for name in steps.pool.projections:
+            note_tile(documents[args.linears], rows, steps.sizes(name), best[name, "tile"], times)
             tiling = best[name, "tiling"]
             if tiling != start[name, "tiling"]:
                 note_tiling(documents[args.tilings], as_entry(steps.shape(name), tiling, steps.alone_us(name, tiling)))

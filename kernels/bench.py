@@ -29,7 +29,7 @@ from kernels.measured import provenance
 from kernels.precompile import compile_all, in_parallel
 from kernels.results import Row
 from kernels.tiles import Shape, Tiling, lookup
-from kernels.timing import COPY_TB_S, MATMUL_TFLOP_S, Point, World
+from kernels.timing import COPY_TB_S, MATMUL_TFLOP_S, Point, World, captured, events_us, in_turn
 
 H = 4096
 QKV = (H, H, H)
@@ -88,14 +88,14 @@ def _as_row(point: Point) -> tuple:
 def rows_at(point: Point, ops: dict[str, Callable], linears: dict[str, Callable] | None = None, **where) -> Iterator[Row]:
     """One row for each operator that can run the point; what cannot is said on stderr. where: World's dtype, device.
 
-    linears: of operators that have a way of their own to run behind the layer's linear.
+    linears: of operators that have a way of their own to run with the layer's linear.
     """
     world = World(point, **where)
     for name, op in ops.items():
         try:
             error, us = world.error(op), world.graph_us(op)
-            own = (linears or {}).get(name)
-            behind_us = world.behind_us(op, own) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
+            own = (linears or {}).get(name) or in_turn(op)
+            behind_us = world.behind_us(own) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
         except (torch.OutOfMemoryError, OutOfResources) as reason:
             print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
             continue
@@ -175,7 +175,7 @@ def extras() -> dict[str, str]:
     for tokens, adapters, slices in ((1, 1, 1), (8, 8, 1), (32, 8, 1), (256, 8, 1), (32, 8, 3), (4096, 8, 1)):
         world = World(Point("decode", H, (H,) * slices, tokens, adapters, 64))
         for name, op in {"atmm": atmm, "slora": operator("slora"), "vllm": operator("vllm")}.items():
-            us = world.behind_us(op, linear if name == "atmm" else None)
+            us = world.behind_us(linear if op is atmm else in_turn(op))
             graph_us, host_us = world.graph_us(op), world.host_us(op)
             lines[f"{name}, {tokens} tokens, {adapters} adapters, rank 64, {slices} slices"] = (
                 f"{graph_us:.2f} us back to back, {us:.2f} us behind a linear, host {host_us:.1f} us a call"
@@ -196,14 +196,5 @@ def metadata_us(pool, index: np.ndarray, times: int = 20) -> tuple[float, float]
         begin = perf_counter()
         batch.update(index)
         spans.append(1e6 * (perf_counter() - begin))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            batch.route()
-    graph.replay()
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    graph.replay()
-    last.record()
-    torch.cuda.synchronize()
-    return sorted(spans)[times // 2], 1e3 * first.elapsed_time(last) / times
+    graph = captured(lambda i: batch.route(), times)
+    return sorted(spans)[times // 2], events_us(graph.replay, 1)[0] / times

@@ -30,7 +30,7 @@ from kernels.precompile import in_parallel
 from kernels.skinny import launch_of, run
 from kernels.target import INTERPRETED
 from kernels.tiles import write_table
-from kernels.timing import COPY_TB_S
+from kernels.timing import COLD_BYTES, COPY_TB_S, captured, events_us
 
 SHAPES = {
     "llava-7b": ((12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)),
@@ -43,7 +43,6 @@ PIPES = ((3, 0, 0), (3, 2, 0), (3, 3, 0), (3, 0, 2), (4, 0, 0), (4, 0, 2), (6, 0
 """(stages, held, fetched); others were never the fastest of LLaVA-7B's shapes on an H200."""
 SHARED = ((1, 6), (2, 4), (3, 3))
 """(programs a multiprocessor, stages)."""
-COLD_BYTES = 128 << 20
 TILE_FIELDS = tuple(field.name for field in fields(Tile))
 COLUMNS = ("columns", "depth", "rows", *TILE_FIELDS, "us", "floor_us", "error")
 TORCH = ("",) * len(TILE_FIELDS)
@@ -78,22 +77,7 @@ def precompile(columns: int, depth: int, tokens: int, *tile: int) -> None:
 
 def graph_us(call: Callable[[int], object], calls: int, replays: int = 5) -> float:
     """Median microseconds of call(i) in a captured graph of i = 0 .. calls - 1."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    graph.replay()
-    spans = []
-    for _ in range(replays):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        spans.append(1e3 * start.elapsed_time(stop))
-    return median(spans) / calls
+    return median(events_us(captured(call, calls).replay, replays)) / calls
 
 
 def shape_rows(columns: int, depth: int, rows: int, tiles: list[Tile], device: str = "cuda", dtype=torch.bfloat16,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from kernels import skinny
-from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
+from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 
 COPY_TB_S = 4.3
 MATMUL_TFLOP_S = 790.0
@@ -112,33 +112,30 @@ class World:
             op(self.y, self.x, self.pool, self.batch, (i % self.layers, "p"))
 
         graph = captured(call, self.layers)  # one round first: a rival may be a hundred times slower than the floor
-        round_us = min(_events_us(graph.replay, 2))
+        round_us = min(events_us(graph.replay, 2))
         rounds = max(1, min(round(target_us / round_us), 512 // self.layers or 1))
         if rounds > 1:
             graph = captured(call, rounds * self.layers)
-        return median(_events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
+        return median(events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
 
-    def behind_us(self, op: Callable, linear: Callable | None = None, *, replays: int = 5, calls: int = 48) -> float:
+    def behind_us(self, linear: Callable, *, replays: int = 5, calls: int = 48) -> float:
         """What one call adds where calls occur: behind the layer's linear, of cold weights, before the next one.
 
-        The pair less the linear alone (`skinny.linear`, with which the engine runs every operator). linear: (x, weight,
-        bias, pool, batch, key) -> y, for an operator that has a way of its own to do both.
+        linear: (x, weight, bias, pool, batch, key) -> y, a linear with its branches (`in_turn` of an operator that knows no
+        better way). Its time less that of the linear alone (`skinny.linear`, with which the engine runs every operator).
         """
         calls = -(-calls // self.layers) * self.layers
 
-        def alone(i: int) -> torch.Tensor:
-            return skinny.linear(self.x, self._weights[i % len(self._weights)])
+        def alone(i: int) -> None:
+            skinny.linear(self.x, self._weights[i % len(self._weights)])
 
         def pair(i: int) -> None:
-            key = (i % self.layers, "p")
-            if linear:
-                linear(self.x, self._weights[i % len(self._weights)], None, self.pool, self.batch, key)
-            else:
-                op(alone(i), self.x, self.pool, self.batch, key)
+            weight = self._weights[i % len(self._weights)]
+            linear(self.x, weight, None, self.pool, self.batch, (i % self.layers, "p"))
 
         if calls not in self._alone_us:
-            self._alone_us[calls] = median(_events_us(captured(alone, calls).replay, 9)) / calls
-        return median(_events_us(captured(pair, calls).replay, replays)) / calls - self._alone_us[calls]
+            self._alone_us[calls] = median(events_us(captured(alone, calls).replay, 9)) / calls
+        return median(events_us(captured(pair, calls).replay, replays)) / calls - self._alone_us[calls]
 
     @cached_property
     def _weights(self) -> list[torch.Tensor]:
@@ -164,6 +161,17 @@ class World:
         return median(spans)
 
 
+def in_turn(op: Callable) -> Callable:
+    """An operator as `World.behind_us` takes it: behind the linear."""
+
+    def linear(x, weight, bias, pool: LoraPool, batch: LoraBatch, key: Key) -> torch.Tensor:
+        y = skinny.linear(x, weight, bias)
+        op(y, x, pool, batch, key)
+        return y
+
+    return linear
+
+
 def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
     """call(0) .. call(calls - 1), after one outside the capture; replayed once."""
     call(0)
@@ -175,7 +183,7 @@ def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _events_us(run: Callable, times: int) -> list[float]:
+def events_us(run: Callable, times: int) -> list[float]:
     """GPU microseconds of each of `times` runs."""
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
     for start, stop in pairs:

@@ -229,10 +229,9 @@ class Search:
 
     def _us(self, world: World, tiling: Tiling) -> float:
         """Behind a linear where calls are short; back to back where a launch is no part of the matter."""
-        op = partial(atmm, tiling=tiling)
         if self.shape.tokens < LONG:
-            return max(NOISE_US, world.behind_us(op, partial(linear, tiling=tiling), replays=3, calls=32))
-        return world.graph_us(op, replays=3, target_us=400)
+            return max(NOISE_US, world.behind_us(partial(linear, tiling=tiling), replays=3, calls=32))
+        return world.graph_us(partial(atmm, tiling=tiling), replays=3, target_us=400)
 
     def finish(self) -> dict:
         """The table's entry: the fastest tiling that passes the check against float32, measured again."""

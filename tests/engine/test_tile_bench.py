@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine import tile_bench
-from engine.tile_bench import AGAIN, Steps, main, note_tile, note_tiling, search
+from engine.tile_bench import AGAIN, WORTH, Steps, main, note_tile, note_tiling, search
 from kernels import atmm, linear_tiles, tiles
 from kernels.batch import Projection
 from kernels.linear_tiles import Tile
@@ -94,6 +94,23 @@ def test_the_steps_start_from_the_tables_and_change_them(tables):
     assert linear_tiles.measured_tile(8, 4096, 4096, torch.bfloat16, branched=True) is None
     assert linear_tiles.measured_tile(8, 4096, 4096, torch.bfloat16) == Tile(4)
     assert tiles.lookup(steps.shape("o")) == Tiling("under")
+
+
+def test_the_tiles_worth_a_step_are_the_fastest_with_their_branches(tables, monkeypatch):
+    steps, tried = Steps(tables.bench, 5, 8), []
+
+    def behind_us(linear, **repeats):
+        tile = linear_tiles.measured_tile(8, 4096, 4096, torch.bfloat16, branched=True)
+        tried.append(tile)
+        return 9.0 if tile is None else tile.stages + tile.held
+
+    monkeypatch.setattr(Steps, "_world", lambda steps, name: SimpleNamespace(behind_us=behind_us))
+    monkeypatch.setattr(tile_bench, "spread", lambda tiles, launch: tiles)
+    worth = steps.candidates(("o", "tile"))
+    assert len(worth) == WORTH
+    assert {tile.stages + tile.held for tile in worth} == {3, 4}
+    assert tried[0] is None, "torch's"
+    assert len({*tried}) == len(tried) > WORTH
 
 
 def test_what_is_compiled_ahead_is_every_candidate(tables, monkeypatch):

@@ -15,6 +15,7 @@ from kernels.linear_tiles import Tile
 from kernels.reference import reference, relative_error
 from kernels.tiles import FORMS as FORMS_OF_ALL
 from kernels.tiles import Shape, Tiling
+from kernels.timing import in_turn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16, torch.float32)
@@ -122,6 +123,15 @@ def test_nan_stays_in_its_row():
         x[1] = float("nan")
         atmm(y, x, pool, batch, (0, "o"), tiling=form)
         assert y.isnan().any(1).tolist() == [False, True, False, False, False]
+
+
+def test_one_adapter_that_is_not_a_number_touches_no_other_row():
+    pool, batch, _, random = world(DTYPES[1])
+    batch.update(np.array([0, 1, 2]))
+    pool.views(1, (0, "o"))[0][0].fill_(float("nan"))
+    x, w, b, _ = with_linear(pool, (0, "o"), 3, random)
+    for form in FORMS.values():
+        assert linear(x, w, b, pool, batch, (0, "o"), tiling=form).isnan().all(1).tolist() == [False, True, False]
 
 
 def test_stale_scratch_does_not_leak():
@@ -278,6 +288,27 @@ def test_the_branch_of_a_linear_that_is_not_late_waits_for_it(launched):
     y = linear(x, w, b, pool, batch, (0, "o"), tiling=FORMS["planes"])
     assert relative_error(y, reference(truth, x, pool, batch, (0, "o"))) < 1e-2
     assert [(name, constants.get("READY")) for name, constants in launched if name != "route"][-2][1] is False
+
+
+def test_a_linear_that_does_not_fit_its_batch_is_refused():
+    pool, batch, _, random = world(DTYPES[1])
+    batch.update(np.array([0, 1, 2]))
+    x, w, _, _ = with_linear(pool, (0, "o"), 3, random)
+    for bad_x, bad_w, key, says in (
+        (x[:2], w, (0, "o"), "x has shape"),
+        (x, torch.cat([w, w]), (0, "o"), "y has shape"),
+        (x, w, (2, "o"), "no projection"),
+    ):
+        with pytest.raises(LoraError, match=says):
+            linear(bad_x, bad_w, None, pool, batch, key)
+
+
+def test_an_operator_in_turn_is_the_linear_and_then_the_operator():
+    pool, batch, index, random = world(DTYPES[1], 9)
+    batch.update(index)
+    x, w, b, truth = with_linear(pool, (0, "o"), 9, random)
+    y = in_turn(atmm)(x, w, b, pool, batch, (0, "o"))
+    assert relative_error(y, reference(truth, x, pool, batch, (0, "o"))) < 1e-2
 
 
 def test_a_linear_without_branches_is_the_linear(launched):
