@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,9 +49,10 @@ Choice = dict[Part, Tile | Tiling | None]
 
 
 def search(parts: Sequence[Part], candidates: Callable[[Part], Sequence], time_us: Callable[[Choice], float],
-           start: Choice) -> tuple[Choice, float]:  # fmt: skip
-    """The choice for every part that `time_us` finds fastest, one part at a time, from `start`; its time."""
-    best, fastest = dict(start), time_us(start)
+           start: Choice) -> tuple[Choice, float, float]:  # fmt: skip
+    """The choice for every part that `time_us` finds fastest, one part at a time, from `start`; its time, and `start`'s."""
+    before = time_us(start)
+    best, fastest = dict(start), before
     found = {part: {} for part in parts}
     for worth in (candidates, lambda part: sorted(found[part], key=found[part].get)[:AGAIN]):
         for part in parts:
@@ -59,7 +60,7 @@ def search(parts: Sequence[Part], candidates: Callable[[Part], Sequence], time_u
                 found[part][candidate] = time_us(best | {part: candidate})
                 if found[part][candidate] < fastest * TOLD_APART:
                     best, fastest = best | {part: candidate}, found[part][candidate]
-    return best, fastest
+    return best, fastest, before
 
 
 class Steps:
@@ -75,7 +76,8 @@ class Steps:
     def shape(self, name: str) -> Shape:
         """What decides the tiling of a projection's branches in the step."""
         projection, lora = self.pool.projections[name], self.bench.runner.lora
-        return Shape(projection.d_in, projection.widths, lora.rank, self.rows, min(self.rows, self.bench.adapters)).rounded()
+        shape = Shape(projection.d_in, projection.widths, lora.rank, self.rows, min(self.rows, self.bench.adapters))
+        return replace(shape, ready=True).rounded()
 
     def sizes(self, name: str) -> tuple[int, int]:
         """(columns, depth) of a projection's linear."""
@@ -124,7 +126,7 @@ class Steps:
         launches = []
         for name, projection in self.pool.projections.items():
             launches += [self._launch(name, tile) for tile in candidates(projection.d_out)]
-            known = {"mixture": False, "strides": (projection.d_in, projection.d_out), "ready": True}
+            known = {"mixture": False, "strides": (projection.d_in, projection.d_out)}
             for tiling in self.near[name]:
                 fitted = atmm.fitting(tiling, projection.d_in, mixture=False)
                 launches += atmm.resolve(self.shape(name), fitted, torch.bfloat16, **known)
@@ -168,8 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = Steps(bench, args.repeats, rows)
         steps.compile()
         base, start = bench.decode_us(PLAIN, rows, args.repeats)["graph_us"], steps.start()
-        before = steps.time_us(start)
-        best, took = search(steps.parts, steps.candidates, steps.time_us, start)
+        best, took, before = search(steps.parts, steps.candidates, steps.time_us, start)
         steps.take(best)
         print(f"{rows} rows: base {base:.0f} us, branches {before / base:.3f}x before, {took / base:.3f}x now: {best}",
               file=sys.stderr, flush=True)  # fmt: skip

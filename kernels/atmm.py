@@ -135,10 +135,16 @@ def _shape(
     projection = pool.projections[name]
     rank = max(16, triton.next_power_of_2(batch.rank))
     uneven = batch.uneven and batch.tokens >= LONG
-    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven)
+    shape = Shape(projection.d_in, projection.widths, rank, batch.tokens, batch.expected, uneven, ready)
     mixture = batch.merged >= 0
-    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters, "ready": ready}
+    known = {"dtype": pool.dtype, "mixture": mixture, "strides": strides, "groups": batch.adapters}
     return shape, partial(resolve, shape, **known)
+
+
+def behind(shape: Shape, dtype: torch.dtype) -> Shape:
+    """Of the same call in `linear`: on this device the branch may run while the layer's linear does, or may not."""
+    tile = skinny.measured_tile(shape.tokens, sum(shape.widths), shape.d_in, dtype, branched=True)
+    return replace(shape, ready=tile is not None)
 
 
 def launches(pool: LoraPool, batch: LoraBatch, name: str, *, bias: bool = False) -> list[Launch]:
@@ -199,19 +205,18 @@ def fitting(tiling: Tiling, d_in: int, *, mixture: bool) -> Tiling:
 
 
 def resolve(
-    shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int], groups: int | None = None,
-    ready: bool = False,
+    shape: Shape, t: Tiling, dtype: torch.dtype, *, mixture: bool, strides: tuple[int, int], groups: int | None = None
 ) -> list[Launch]:
     """The kernels of one shape with everything but their tensors; one launch or two, by the tiling's form.
 
-    groups: of rows that the grid must have room for; default: the shape's adapters. ready: see `branch.shrink`.
+    groups: of rows that the grid must have room for; default: the shape's adapters.
     """
     passes, widths = 1 + mixture, (*shape.widths, 0, 0)[:3]
     slices, groups = len(shape.widths), groups or shape.adapters
     tiles, expand_tiles = (LoraBatch.tile_bound(rows, shape.tokens, groups) for rows in (t.rows, t.expand_rows))
     sizes = {"K": shape.d_in, "D": sum(shape.widths), "W0": widths[0], "W1": widths[1], "W2": widths[2]}
     sizes |= {"R": shape.rank, "PASSES": passes, "SLICES": slices, "XS": strides[0], "YS": strides[1]}
-    sizes |= {"READY": ready, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
+    sizes |= {"READY": shape.ready, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
     sizes |= {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
 
     def launch(kernel, grid: tuple[int, int], warps: int, **own) -> Launch:

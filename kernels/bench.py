@@ -22,14 +22,14 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from kernels import results
-from kernels.atmm import atmm, linear, resolve
+from kernels.atmm import atmm, behind, linear, resolve
 from kernels.baselines import OPERATORS, operator
 from kernels.batch import LONG, LoraBatch
 from kernels.measured import provenance
 from kernels.precompile import compile_all, in_parallel
 from kernels.results import Row
 from kernels.tiles import Shape, Tiling, lookup
-from kernels.timing import COPY_TB_S, MATMUL_TFLOP_S, Point, World, captured, events_us, in_turn
+from kernels.timing import COPY_TB_S, MATMUL_TFLOP_S, NOISE_US, Point, World, captured, events_us, in_turn
 
 H = 4096
 QKV = (H, H, H)
@@ -59,14 +59,16 @@ def grid() -> list[Point]:
 
 
 def _shape(point: Point) -> Shape:
+    """Of a call back to back."""
     uneven = point.skew == "skew60" and point.adapters > 1 and point.tokens >= LONG
     return Shape(point.d_in, point.widths, point.rank, point.tokens, point.adapters, uneven)
 
 
-def _launches(point: Point, tiling: Tiling) -> list:
+def _launches(point: Point, tiling: Tiling | None = None) -> list:
+    """Of a call back to back and of one behind its linear; tiling: default the table's."""
     known = {"dtype": torch.bfloat16, "mixture": False, "strides": (point.d_in, sum(point.widths))}
-    alike = (False, True) if point.tokens < LONG else (False,)  # back to back, and under a linear
-    return [launch for ready in alike for launch in resolve(_shape(point), tiling, **known, ready=ready)]
+    shapes = {_shape(point), behind(_shape(point), torch.bfloat16)}
+    return [launch for shape in shapes for launch in resolve(shape, tiling or lookup(shape), **known)]
 
 
 def _static_points(points: Iterable[Point], phase: str) -> list[Point]:
@@ -76,7 +78,7 @@ def _static_points(points: Iterable[Point], phase: str) -> list[Point]:
 
 def _static_candidates(points: list[Point]) -> list[Tiling]:
     """The tilings that the table chooses most often at these points, of those that can run at all of them."""
-    return [tiling for tiling, _ in Counter(lookup(_shape(p)) for p in points).most_common(STATIC)]
+    return [tiling for tiling, _ in Counter(lookup(behind(_shape(p), torch.bfloat16)) for p in points).most_common(STATIC)]
 
 
 def _as_row(point: Point) -> tuple:
@@ -93,9 +95,10 @@ def rows_at(point: Point, ops: dict[str, Callable], linears: dict[str, Callable]
     world = World(point, **where)
     for name, op in ops.items():
         try:
-            error, us = world.error(op), world.graph_us(op)
-            own = (linears or {}).get(name) or in_turn(op)
-            behind_us = world.behind_us(own) if point.tokens < LONG and us < FAR * point.floor_us else 0.0
+            error, us, behind_us = world.error(op), world.graph_us(op), 0.0
+            if point.tokens < LONG and us < FAR * point.floor_us:
+                own = (linears or {}).get(name) or in_turn(op, world.linear)
+                behind_us = max(NOISE_US, world.behind_us(own))
         except (torch.OutOfMemoryError, OutOfResources) as reason:
             print(f"{name} cannot run {point}: {reason}", file=sys.stderr)
             continue
@@ -128,7 +131,7 @@ def bench(out: Path, *, rivals: Iterable[str] = OPERATORS, budget_s: float = 540
     what = "LoRA operators, one call, CUDA-graph replay, median, weights cold in L2; error against float32"
     floor = f"max(bytes / {COPY_TB_S} TB/s, flops / {MATMUL_TFLOP_S:.0f} TFLOP/s)"
     header = {"what": what, **provenance("python -m kernels bench"), "floor_us": floor}
-    compile_all([launch for p in points for launch in _launches(p, lookup(_shape(p)))])
+    compile_all([launch for p in points for launch in _launches(p)])
     print(f"{time.monotonic() - start:4.0f} s: compiled", file=sys.stderr)
     rows = [row for point in points for row in rows_at(point, {"atmm": atmm}, {"atmm": linear})]
     results.write(out, rows, header | {"cut short": "before the static tilings"})
@@ -175,7 +178,7 @@ def extras() -> dict[str, str]:
     for tokens, adapters, slices in ((1, 1, 1), (8, 8, 1), (32, 8, 1), (256, 8, 1), (32, 8, 3), (4096, 8, 1)):
         world = World(Point("decode", H, (H,) * slices, tokens, adapters, 64))
         for name, op in {"atmm": atmm, "slora": operator("slora"), "vllm": operator("vllm")}.items():
-            us = world.behind_us(linear if op is atmm else in_turn(op))
+            us = world.behind_us(linear if op is atmm else in_turn(op, world.linear))
             graph_us, host_us = world.graph_us(op), world.host_us(op)
             lines[f"{name}, {tokens} tokens, {adapters} adapters, rank 64, {slices} slices"] = (
                 f"{graph_us:.2f} us back to back, {us:.2f} us behind a linear, host {host_us:.1f} us a call"

@@ -63,8 +63,8 @@ class Tiling:
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides the tiling: one projection's sizes, the padded rank, the step's tokens and active adapters, and
-    whether these have unequal shares (only of LONG steps)."""
+    """What decides the tiling: one projection's sizes, the padded rank, the step's tokens and active adapters, whether
+    these have unequal shares (only of LONG steps), and whether the branch may run beside its linear (`branch.shrink`)."""
 
     d_in: int
     widths: tuple[int, ...]
@@ -72,6 +72,7 @@ class Shape:
     tokens: int
     adapters: int
     uneven: bool = False
+    ready: bool = False
 
     def rounded(self) -> Shape:
         """The same with tokens rounded to a quarter of a power of two, so that lookups repeat from step to step."""
@@ -91,6 +92,7 @@ class Shape:
             + 2 * abs(len(self.widths) - len(other.widths))
             + abs(self.uneven - other.uneven)
             + 16 * ((self.tokens < LONG) != (other.tokens < LONG))  # tuned for other circumstances, see kernels.tune
+            + 16 * (self.ready != other.ready)
         )
 
 
@@ -160,7 +162,8 @@ def neighbours(shape: Shape, each: int) -> list[Tiling]:
 def entry_shape(entry: dict) -> Shape:
     """The shape of a row of a table file. KeyError where a size is missing."""
     sizes = {name: entry[name] for name in ("d_in", "rank", "tokens", "adapters")}
-    return Shape(widths=tuple(entry["widths"]), uneven=entry.get("uneven", False), **sizes)
+    flags = {name: entry.get(name, False) for name in ("uneven", "ready")}
+    return Shape(widths=tuple(entry["widths"]), **sizes, **flags)
 
 
 def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:

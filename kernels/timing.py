@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 
 import numpy as np
@@ -22,6 +22,8 @@ from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 COPY_TB_S = 4.3
 MATMUL_TFLOP_S = 790.0
 COLD_BYTES = 128 << 20
+NOISE_US = 0.5
+"""What a call adds to a linear that covers most of it is the difference of two larger times: less than this is noise."""
 SKEWS = ("uniform", "skew60", "short")
 
 
@@ -122,20 +124,30 @@ class World:
         """What one call adds where calls occur: behind the layer's linear, of cold weights, before the next one.
 
         linear: (x, weight, bias, pool, batch, key) -> y, a linear with its branches (`in_turn` of an operator that knows no
-        better way). Its time less that of the linear alone (`skinny.linear`, with which the engine runs every operator).
+        better way). Its time less that of the fastest linear without any.
         """
         calls = -(-calls // self.layers) * self.layers
 
-        def alone(i: int) -> None:
-            skinny.linear(self.x, self._weights[i % len(self._weights)])
-
-        def pair(i: int) -> None:
-            weight = self._weights[i % len(self._weights)]
-            linear(self.x, weight, None, self.pool, self.batch, (i % self.layers, "p"))
+        def pair(x: torch.Tensor, weight: torch.Tensor, i: int) -> None:
+            linear(x, weight, None, self.pool, self.batch, (i % self.layers, "p"))
 
         if calls not in self._alone_us:
-            self._alone_us[calls] = median(events_us(captured(alone, calls).replay, 9)) / calls
-        return median(events_us(captured(pair, calls).replay, replays)) / calls - self._alone_us[calls]
+            self._alone_us[calls] = self._chain_us(lambda x, weight, i: self.linear(x, weight, None), calls, 9)
+        return self._chain_us(pair, calls, replays) - self._alone_us[calls]
+
+    def _chain_us(self, call: Callable, calls: int, replays: int) -> float:
+        """Median microseconds of call(x, weight, i), weights in turn."""
+        graph = captured(lambda i: call(self.x, self._weights[i % len(self._weights)], i), calls)
+        return median(events_us(graph.replay, replays)) / calls
+
+    @cached_property
+    def linear(self) -> Callable:
+        """The layer's linear without branches, (x, weight, bias) -> y: of those that the engine has, by itself or with
+        branches behind it, the one that is faster here."""
+        ways: list[Callable] = [skinny.linear]
+        if tile := skinny.tile_for(self.x, self._weights[0], branched=True):
+            ways.append(partial(skinny.run, tile=tile))
+        return min(ways, key=lambda way: self._chain_us(lambda x, weight, i: way(x, weight, None), 48, 5))
 
     @cached_property
     def _weights(self) -> list[torch.Tensor]:
@@ -161,15 +173,15 @@ class World:
         return median(spans)
 
 
-def in_turn(op: Callable) -> Callable:
-    """An operator as `World.behind_us` takes it: behind the linear."""
+def in_turn(op: Callable, linear: Callable) -> Callable:
+    """An operator as `World.behind_us` takes it: behind a linear, (x, weight, bias) -> y."""
 
-    def linear(x, weight, bias, pool: LoraPool, batch: LoraBatch, key: Key) -> torch.Tensor:
-        y = skinny.linear(x, weight, bias)
+    def both(x, weight, bias, pool: LoraPool, batch: LoraBatch, key: Key) -> torch.Tensor:
+        y = linear(x, weight, bias)
         op(y, x, pool, batch, key)
         return y
 
-    return linear
+    return both
 
 
 def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:

@@ -22,15 +22,14 @@ from pathlib import Path
 import torch
 from triton.runtime.errors import OutOfResources
 
-from kernels.atmm import atmm, linear, resolve
+from kernels.atmm import atmm, behind, linear, resolve
 from kernels.batch import LONG, LoraBatch
 from kernels.launch import Launch
-from kernels.linear_tiles import measured_tile
 from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.target import device_name
 from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, write_table
-from kernels.timing import Point, World
+from kernels.timing import NOISE_US, Point, World, in_turn
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
@@ -38,8 +37,6 @@ FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1,
 COARSE = (8, 64, 512, 4096)
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
-NOISE_US = 0.5
-"""Less than this, what a call costs under a linear that covers most of it, is noise: of such tilings the first stands."""
 COLD = 80 << 20
 """Bytes of factors that calls rotate over: more than L2 holds."""
 GROUP = 45
@@ -54,7 +51,8 @@ LAYERS = (  # LLaVA-1.5-7B's and Qwen2-VL-7B's other projections
 def shapes() -> list[Shape]:
     """Every shape of the search, the most wanted first: the square projection finely, then the models' layers.
 
-    LONG steps of several adapters come twice, with equal and with unequal shares.
+    LONG steps of several adapters come twice, with equal and with unequal shares; so do those of few rows, as they run
+    behind a linear that lets them begin early, and as they run elsewhere.
     """
     grid = [(*SQUARE, 64, t, n) for t in TOKENS for n in ADAPTERS]
     grid += [(*SQUARE, 128, t, n) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
@@ -64,7 +62,8 @@ def shapes() -> list[Shape]:
     grid += [(*layer, 64, t, n) for layer in LAYERS for t in COARSE for n in (1, 8)]
     shares = [(*row, uneven) for row in dict.fromkeys(grid) if row[-1] <= row[-2]
               for uneven in ((False, True) if row[-2] >= LONG and row[-1] > 1 else (False,))]  # fmt: skip
-    return [Shape(*row) for row in shares]
+    apart = [Shape(*row) for row in shares]
+    return [*dict.fromkeys([*(behind(shape, torch.bfloat16) for shape in apart), *apart])]
 
 
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
@@ -201,9 +200,8 @@ class Search:
 
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
         """Every kernel that timing the candidates needs."""
-        d_in, d_out, short = self.shape.d_in, sum(self.shape.widths), self.shape.tokens < LONG
-        ready = short and measured_tile(self.shape.tokens, d_out, d_in, torch.bfloat16, branched=True) is not None
-        known = {"dtype": torch.bfloat16, "mixture": False, "strides": (d_in, d_out), "ready": ready}
+        strides = self.shape.d_in, sum(self.shape.widths)
+        known = {"dtype": torch.bfloat16, "mixture": False, "strides": strides}
         return [launch for tiling in candidates for launch in resolve(self.shape, tiling, **known)]
 
     def time(self, candidates: list[Tiling]) -> World:
@@ -230,7 +228,9 @@ class Search:
     def _us(self, world: World, tiling: Tiling) -> float:
         """Behind a linear where calls are short; back to back where a launch is no part of the matter."""
         if self.shape.tokens < LONG:
-            return max(NOISE_US, world.behind_us(partial(linear, tiling=tiling), replays=3, calls=32))
+            ready = self.shape.ready
+            call = partial(linear, tiling=tiling) if ready else in_turn(partial(atmm, tiling=tiling), world.linear)
+            return max(NOISE_US, world.behind_us(call, replays=3, calls=32))
         return world.graph_us(partial(atmm, tiling=tiling), replays=3, target_us=400)
 
     def finish(self) -> dict:
@@ -242,8 +242,8 @@ class Search:
         return as_entry(self.shape, self.best, self._us(world, self.best))
 
     def _alone(self, tiling: Tiling, y: torch.Tensor, x: torch.Tensor, *where) -> None:
-        """The operator as `_us` runs it: behind a linear, here of zeros, where calls are short."""
-        if self.shape.tokens < LONG:
+        """The operator as `_us` runs it: with a linear, here of zeros, where that lets it begin early."""
+        if self.shape.ready:
             weight = torch.zeros(y.shape[1], x.shape[1], dtype=x.dtype, device=x.device)
             y += linear(x, weight, None, *where, tiling=tiling)
         else:
@@ -287,8 +287,8 @@ def tune(
 def _write(path: Path, entries: list[dict]) -> None:
     """The table with its provenance."""
     header = provenance("python -m kernels tune") | {
-        "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, then back to back; the former "
-        "by the product of its times with equal shares and with 60 % on one adapter; us: one call so, with equal "
-        "shares where it is short, CUDA-graph replay, weights cold in L2",
+        "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, `ready` ones while it runs, then back to "
+        "back; the former by the product of its times with equal shares and with 60 % on one adapter; us: one call so, "
+        "with equal shares where it is short, CUDA-graph replay, weights cold in L2",
     }
     write_table(path, header, entries)

@@ -26,8 +26,8 @@ def test_a_tile_that_is_best_only_beside_another_is_found():
         qkv, o = (choice[part].split if choice[part] else 0 for part in (QKV, OUT))
         return 100 - 5 * (o == 3) - 2 * (qkv == 7) - 4 * (qkv == 2 and o == 3)
 
-    best, took = search((QKV, OUT), lambda part: TILES, time_us, {QKV: None, OUT: None})
-    assert (best, took) == ({QKV: Tile(2), OUT: Tile(3)}, 91)
+    best, took, before = search((QKV, OUT), lambda part: TILES, time_us, {QKV: None, OUT: None})
+    assert (best, took, before) == ({QKV: Tile(2), OUT: Tile(3)}, 91, 100)
     assert len(tried) == 1 + 2 * (len(TILES) + AGAIN)
 
 
@@ -63,7 +63,7 @@ def tables(tmp_path, monkeypatch):
     alike = {"depth": 4096, "bucket": 16, "rows": [8], "us": [1.0], "torch_us": [2.0], "tile": vars(Tile(4))}
     plain = [{"columns": columns, **alike} for columns in (12288, 4096)]
     linears.write_text(json.dumps({"entries": plain}))
-    shapes = [Shape(*sizes, 64, tokens, 8) for sizes in (WIDE, SQUARE) for tokens in (8, 32)]
+    shapes = [Shape(*sizes, 64, tokens, 8, ready=True) for sizes in (WIDE, SQUARE) for tokens in (8, 32)]
     forms = [Tiling(), Tiling("under", n_block=64), Tiling(n_block=256), Tiling("under")]
     entries = [as_entry(shape, tiling, 4.0) for shape, tiling in zip(shapes, forms, strict=True)]
     tilings.write_text(json.dumps({"device": "a GPU", "entries": entries}))
@@ -147,11 +147,13 @@ def test_a_whole_run_writes_both_tables(tables, monkeypatch):
         (8, 8, "under", 2.5)]  # fmt: skip
     assert len(tilings["entries"]) == 4
     assert "--batches 8" in tilings["in_step"]["command"]
-    assert tiles.load(tables.tilings)[Shape(*WIDE, 64, 8, 8)].form == "under"
+    assert tiles.load(tables.tilings)[Shape(*WIDE, 64, 8, 8, ready=True)].form == "under"
 
 
-def test_a_step_takes_the_tiling_of_its_shape(tables, monkeypatch):
+def test_a_step_takes_the_tiling_of_its_shape(tables):
     """`atmm` looks up what `Steps.take` wrote."""
     steps = Steps(tables.bench, 5, 8)
     steps.take({("o", "tiling"): Tiling("under", n_block=32)})
-    assert atmm.lookup(Shape(*SQUARE, 64, 8, 8)) == Tiling("under", n_block=32)
+    of = Shape(*SQUARE, 64, 8, 8)
+    assert atmm.lookup(atmm.behind(of, torch.bfloat16)) == Tiling("under", n_block=32)
+    assert not atmm.behind(of, torch.float16).ready, "no tile of a linear was measured in float16"

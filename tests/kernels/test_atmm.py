@@ -307,7 +307,7 @@ def test_an_operator_in_turn_is_the_linear_and_then_the_operator():
     pool, batch, index, random = world(DTYPES[1], 9)
     batch.update(index)
     x, w, b, truth = with_linear(pool, (0, "o"), 9, random)
-    y = in_turn(atmm)(x, w, b, pool, batch, (0, "o"))
+    y = in_turn(atmm, skinny.linear)(x, w, b, pool, batch, (0, "o"))
     assert relative_error(y, reference(truth, x, pool, batch, (0, "o"))) < 1e-2
 
 

@@ -63,6 +63,17 @@ def test_unequal_shares_have_entries_of_their_own(tmp_path, monkeypatch):
         assert near == [even, uneven]
 
 
+def test_a_branch_that_may_run_beside_its_linear_has_entries_of_its_own(tmp_path, monkeypatch):
+    """13B's layers have no linear of few rows where only 7B's were measured: then a tiling cut for one would be slow."""
+    apart, beside = Tiling(split=8), Tiling("under")
+    shape = Shape(4096, (4096,), 64, 8, 8)
+    entries = [(replace(shape, ready=True), beside), (replace(shape, tokens=64), apart)]
+    path = table_file(tmp_path, *(as_entry(known, tiling, 1.0) for known, tiling in entries))
+    monkeypatch.setattr(tiles, "table", lambda device: load(path))
+    wider = replace(shape, d_in=5120, widths=(5120,))
+    assert [tiles.lookup.__wrapped__(replace(wider, ready=ready)) for ready in (False, True)] == [apart, beside]
+
+
 def test_the_default_fits_every_shape():
     for rank in (16, 32, 64, 128, 256):
         for tokens in (1, 8, 100, 1000, 16384):
