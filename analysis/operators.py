@@ -1,7 +1,8 @@
 """LoRA operators: the time of one call against its tokens (VaLoRA, figure 17), from the CSV files that measured them.
 
-A file has the columns operator, tokens, us, and may have phase, adapters, rank, slices, skew, d_in, d_out; lines that begin
-with # are its provenance.
+A file has the columns operator, tokens, us, and may have phase, adapters, rank, slices, skew, d_in, d_out, floor_us and
+behind_us, what a call adds where it occurs, behind its linear layer: where that is not 0 it is drawn, for some operators work
+while the linear does. Lines that begin with # are the file's provenance.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def read(path: str | Path) -> tuple[list[dict], str]:
     rows = list(csv.DictReader(line for _, line in body))
     for (number, _), row in zip(body[1:], rows, strict=False):
         try:
-            row["tokens"], row["us"] = int(row["tokens"]), float(row["us"])
+            row["tokens"], row["us"] = int(row["tokens"]), float(row.get("behind_us") or 0) or float(row["us"])
             row["operator"] = str(row["operator"])
             row["floor_us"] = float(row.get("floor_us") or 0)
         except (KeyError, TypeError, ValueError):

@@ -91,9 +91,12 @@ class Shape:
             + abs(log2(mine / theirs))
             + 2 * abs(len(self.widths) - len(other.widths))
             + abs(self.uneven - other.uneven)
-            + 16 * ((self.tokens < LONG) != (other.tokens < LONG))  # tuned for other circumstances, see kernels.tune
-            + 16 * (self.ready != other.ready)
+            + 16 * (not self.alike(other))
         )
+
+    def alike(self, other: Shape) -> bool:
+        """Tuned for the same circumstances, see kernels.tune."""
+        return (self.tokens < LONG, self.ready) == (other.tokens < LONG, other.ready)
 
 
 def default(shape: Shape) -> Tiling:
@@ -150,8 +153,9 @@ def lookup(shape: Shape) -> Tiling:
 
 
 def neighbours(shape: Shape, each: int) -> list[Tiling]:
-    """Distinct tilings worth a try for a shape: of every form those of its `each` nearest tuned shapes of that form."""
-    entries = [(known, tiling) for known, tiling in table(device_name()).items() if known.rank >= shape.rank]
+    """Distinct tilings worth a try for a shape: of every form those of its `each` nearest shapes, alike, of that form."""
+    entries = table(device_name()).items()
+    entries = [(known, tiling) for known, tiling in entries if known.rank >= shape.rank and shape.alike(known)]
     found: dict[Tiling, None] = {}
     for form in FORMS:
         alike = [(known, tiling) for known, tiling in entries if tiling.form == form]

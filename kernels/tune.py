@@ -12,7 +12,7 @@ import kernels.target  # isort: skip  # noqa: F401  (before triton: it may choos
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -28,7 +28,7 @@ from kernels.launch import Launch
 from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.target import device_name
-from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, write_table
+from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, neighbours, write_table
 from kernels.timing import NOISE_US, Point, World, in_turn
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -37,6 +37,8 @@ FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1,
 COARSE = (8, 64, 512, 4096)
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
+NEAREST = 2
+"""Of each form so many tilings of the nearest shapes are tried, the shape's own among them."""
 COLD = 80 << 20
 """Bytes of factors that calls rotate over: more than L2 holds."""
 GROUP = 45
@@ -79,13 +81,15 @@ def _row_tiles(shape: Shape) -> tuple[int, ...]:
 
 def shrinks(shape: Shape) -> Iterator[Tiling]:
     """Candidates for the shrink, with a middling expand: few splits where v's planes would cost much, and as many
-    programs as pull the factors without queueing."""
+    programs as pull the factors without queueing. Of unequal shares a few row tiles more than the processors hold would
+    make a second wave: then five or six parts may do where eight do not."""
     most_split = max(2, min(32, 16384 // shape.tokens))
+    splits = (1, 2, 3, 4, 5, 6, 8, 16, 32) if shape.uneven else (1, 2, 3, 4, 8, 16, 32)
     for rows in _row_tiles(shape):
         span, n_block = (8, 128) if shape.tokens >= 1024 else (1, 256 if rows <= 32 and shape.rank < 128 else 128)
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
         k_blocks = (64, 128, 256) if shape.tokens >= LONG and rows >= 64 else (128, 256, 512)
-        for k_block, split in product(k_blocks, (1, 2, 3, 4, 8, 16, 32)):
+        for k_block, split in product(k_blocks, splits):
             stages = 3 if k_block > 64 else 4
             steps = -(-shape.d_in // (k_block * split))
             once = steps == 1  # the program's part of A is fetched whole, before it waits for its predecessor
@@ -172,11 +176,12 @@ def ones(shape: Shape) -> Iterator[Tiling]:
 
 
 class Search:
-    """Times tilings of one shape and remembers the best; `known` is the one to beat, if any."""
+    """Times tilings of one shape and remembers the best; `known` are those to beat, if any."""
 
-    def __init__(self, shape: Shape, forms: tuple[str, ...] = FORMS, known: Tiling | None = None):
+    def __init__(self, shape: Shape, forms: tuple[str, ...] = FORMS, known: Sequence[Tiling] = ()):
         self.shape, self.forms, self.known = shape, forms, known
         self.timed: dict[Tiling, float] = {}
+        self.far: dict[Tiling, float] = {}
         self.least = inf
 
     @property
@@ -186,16 +191,15 @@ class Search:
     def first(self) -> list[Tiling]:
         """What does not depend on what was found."""
         every = (*shrinks(self.shape), *unders(self.shape), *ones(self.shape), *streams(self.shape))
-        known = [self.known] if self.known else []
-        return known + [tiling for tiling in every if tiling.form in self.forms]
+        return [*dict.fromkeys([*self.known, *(tiling for tiling in every if tiling.form in self.forms)])]
 
     def second(self) -> list[Tiling]:
         """The expand's candidates beside the best shrinks."""
         found = []
         for form, candidates in (("two", expands), ("under", under_expands), ("stream", stream_expands)):
             timed = {tiling: us for tiling, us in self.timed.items() if tiling.form == form and form in self.forms}
-            if timed:
-                found += candidates(self.shape, min(timed, key=timed.get))
+            if timed:  # if all are far behind another form: with the middling expand they may be
+                found += candidates(self.shape, min(timed, key=lambda tiling: (timed[tiling], self.far.get(tiling, inf))))
         return found
 
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
@@ -221,7 +225,10 @@ class Search:
         try:
             first = self._us(worlds[0], tiling)
             self.least = min(first, self.least)
-            return first * prod(self._us(world, tiling) for world in worlds[1:]) if first < FAR * self.least else inf
+            if first >= FAR * self.least:
+                self.far[tiling] = first
+                return inf
+            return first * prod(self._us(world, tiling) for world in worlds[1:])
         except OutOfResources:
             return inf
 
@@ -256,7 +263,7 @@ def tune(
     """Search all shapes within about budget_s and write the device's table; what the file has is kept.
 
     again: of a Shape, whether to search these forms for it although the file has it; the faster tiling stays, and what was
-    chosen in whole steps (`engine.tile_bench`) in any case.
+    chosen in whole steps (`engine.tile_bench`) in any case. What the device's table has for the nearest shapes is tried too.
     Raises LoraError if the file that is there is no table.
     """
     path = path or FOLDER / f"{device_name()}.json"
@@ -265,7 +272,7 @@ def tune(
     entries = {entry_shape(entry): entry for entry in kept}
     stands = {shape for shape, entry in entries.items() if entry.get("in_step")}
     wanted = [shape for shape in shapes() if shape not in known or (again and again(shape) and shape not in stands)]
-    searches = [Search(shape, forms, known.get(shape)) for shape in wanted]
+    searches = [Search(shape, forms, neighbours(shape, NEAREST)) for shape in wanted]
     print(f"{len(searches)} shapes to tune, {len(known)} known", file=sys.stderr)
     start = time.monotonic()
     for i in range(0, len(searches), GROUP):

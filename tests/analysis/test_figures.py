@@ -239,6 +239,14 @@ def test_of_a_systems_operators_the_fastest_is_drawn(tmp_path):
     assert ours == [("SGLang", "sgl_csgmv", "1", "4"), ("SGLang", "sgl_triton", "64", "6"), (new, new, "1", "3")]
 
 
+def test_a_call_that_works_while_its_linear_does_is_drawn_as_it_occurs(tmp_path):
+    path = tmp_path / "operators.csv"
+    path.write_text("operator,tokens,us,behind_us\natmm,1,5,1.5\natmm,4096,35,0\nslora,1,6,\n")
+    _, rows = drawn([path], tmp_path, "operators")
+    assert [(row["operator"], row["us"]) for row in rows if row["panel"] == "measured"] == [
+        ("atmm", "1.5"), ("atmm", "35"), ("slora", "6")]  # fmt: skip
+
+
 def test_a_damaged_table_of_operators_names_its_line(tmp_path):
     path = tmp_path / "operators.csv"
     path.write_text("# made by hand\noperator,tokens,us\natmm,1,2.5\natmm,x,2.5\n")

@@ -72,6 +72,8 @@ def test_a_branch_that_may_run_beside_its_linear_has_entries_of_its_own(tmp_path
     monkeypatch.setattr(tiles, "table", lambda device: load(path))
     wider = replace(shape, d_in=5120, widths=(5120,))
     assert [tiles.lookup.__wrapped__(replace(wider, ready=ready)) for ready in (False, True)] == [apart, beside]
+    assert [tiles.neighbours(replace(wider, ready=ready), 2) for ready in (False, True)] == [[apart], [beside]]
+    assert tiles.neighbours(replace(wider, tokens=4096), 2) == []
 
 
 def test_the_default_fits_every_shape():

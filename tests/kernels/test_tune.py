@@ -32,10 +32,23 @@ def test_the_second_stage_keeps_the_best_shrink_of_every_form():
 
 
 def test_a_form_that_is_not_asked_for_is_not_tried():
-    search = tune.Search(Shape(*SQUARE, 64, 8, 8), forms=("under",), known=Tiling())
+    search = tune.Search(Shape(*SQUARE, 64, 8, 8), forms=("under",), known=[Tiling()])
     search.timed = dict.fromkeys(search.first(), 1.0)
     assert search.first()[0] == Tiling(), "the one to beat"
     assert {tiling.form for tiling in [*search.first()[1:], *search.second()]} == {"under"}
+
+
+def test_of_a_form_that_is_far_behind_the_least_bad_shrink_is_tried_with_other_expands(monkeypatch):
+    search = tune.Search(Shape(*SQUARE, 64, 4096, 8, uneven=True))
+    streams = [tiling for tiling in search.first() if tiling.form == "stream"]
+    took = dict.fromkeys(search.first(), 99.0) | {streams[0]: 200.0, streams[1]: 130.0}
+    monkeypatch.setattr(search, "_us", lambda world, tiling: took[tiling] if tiling.form == "two" else took[tiling] + 50)
+    search.timed = {tiling: search._product([0], tiling) for tiling in search.first()}
+    assert {search.timed[tiling] for tiling in streams} == {float("inf")}
+    least = min(streams, key=took.get)
+    for tiling in search.second():
+        if tiling.form == "stream":
+            assert (tiling.k_block, tiling.split, tiling.residents) == (least.k_block, least.split, least.residents)
 
 
 def test_a_tiling_far_behind_the_best_is_timed_no_further(monkeypatch):
