@@ -1,8 +1,8 @@
 """LoRA operators: the time of one call against its tokens (VaLoRA, figure 17), from the CSV files that measured them.
 
 A file has the columns operator, tokens, us, and may have phase, adapters, rank, slices, skew, d_in, d_out, floor_us and
-behind_us, what a call adds where it occurs, behind its linear layer: where that is not 0 it is drawn, for some operators work
-while the linear does. Lines that begin with # are the file's provenance.
+behind_us: what a call adds where it occurs, behind its linear layer. Where that is not 0 it is drawn, for some operators
+work while the linear does. Lines that begin with # are the file's provenance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m engine.tile_bench --linears FILE --tilings FILE`: chooses tiles inside the engine's decode steps.
+"""`python -m engine.tile_bench`: chooses tiles inside the engine's decode steps.
 
 `kernels.skinny_bench` times each linear by itself, and `kernels tune` the branches behind it. In a step the layers before
 leave L2 and the multiprocessors in another state, the layers behind have weights to fetch early, and a tile of the linear
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,12 +25,15 @@ from engine.graphs import BRANCHED, PLAIN
 from engine.models import random_model
 from engine.step_bench import Bench, options
 from kernels import atmm, skinny
+from kernels.batch import LoraError
 from kernels.launch import Launch
+from kernels.linear_tiles import FOLDER as LINEARS
 from kernels.linear_tiles import Tile, bucket_of, load, measured_tile, tiles
 from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.skinny_bench import candidates, spread
 from kernels.target import device_name
+from kernels.tiles import FOLDER as TILINGS
 from kernels.tiles import Shape, Tiling, as_entry, entry_shape, lookup, neighbours, table, write_table
 from kernels.tiles import load as load_tilings
 from kernels.timing import Point, World
@@ -153,15 +157,26 @@ class Steps:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m engine.tile_bench", description=__doc__.split("\n\n")[0])
     options(parser)
-    parser.add_argument("--linears", type=Path, required=True, help="table of `kernels.skinny_bench --table`, to be changed")
-    parser.add_argument("--tilings", type=Path, required=True, help="table of `kernels tune`, to be changed")
+    parser.add_argument("--linears", type=Path, help="table of `kernels.skinny_bench` to change (default: the device's)")
+    parser.add_argument("--tilings", type=Path, help="table of `kernels tune` to change (default: the device's)")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch finds no GPU; tiles are chosen by timing one")
-    load(args.linears)
-    load_tilings(args.tilings)
+    args.linears = args.linears or LINEARS / f"{device_name()}.json"
+    args.tilings = args.tilings or TILINGS / f"{device_name()}.json"
+    try:
+        load(args.linears)
+        load_tilings(args.tilings)
+    except (OSError, LoraError) as error:
+        parser.error(f"{error}; `python -m kernels.skinny_bench --table` and then `python -m kernels tune` make both tables")
     documents = {path: json.loads(path.read_text()) for path in (args.linears, args.tilings)}
     bench = Bench(random_model(args.model, dtype=torch.bfloat16, device="cuda"), args)
+    sizes = [(projection.d_out, projection.d_in) for projection in bench.runner.lora.pool.projections.values()]
+    try:
+        for rows, each in product(args.batches, sizes):
+            entry_of(documents[args.linears], rows, each)
+    except LoraError as error:
+        parser.error(f"{args.linears}: {error}")
     graphs = bench.runner.graphs
     graphs.buckets = sorted(args.batches)
     graphs.capture((PLAIN,))
@@ -187,12 +202,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def note_tile(document: dict, rows: int, sizes: tuple[int, int], tile: Tile | None, took: dict[str, float]) -> None:
-    """Put the tile for (columns, depth) and a number of rows into the table's entry. KeyError if the table lacks it."""
+def entry_of(document: dict, rows: int, sizes: tuple[int, int]) -> dict:
+    """The entry of a table of linears for (columns, depth) and a number of rows. LoraError if it has none."""
     key = (*sizes, bucket_of(rows))
     entry = next((e for e in document["entries"] if (e["columns"], e["depth"], e["bucket"]) == key), None)
     if entry is None:
-        raise KeyError(f"the table has no entry for {sizes[0]} x {sizes[1]} in the bucket of {rows} rows; run skinny_bench")
+        raise LoraError(f"no entry for {sizes[0]} x {sizes[1]} in the bucket of {rows} rows; run skinny_bench --table")
+    return entry
+
+
+def note_tile(document: dict, rows: int, sizes: tuple[int, int], tile: Tile | None, took: dict[str, float]) -> None:
+    """Put the tile for (columns, depth) and a number of rows into the table's entry."""
+    entry = entry_of(document, rows, sizes)
     entry.setdefault("branched", {})[str(rows)] = tile and asdict(tile)
     entry.setdefault("step_us", {})[str(rows)] = took
 

@@ -23,12 +23,12 @@ import triton
 from torch.nn import functional
 
 from kernels.launch import EVEN, Launch
-from kernels.linear_tiles import Tile, bucket_of, load
+from kernels.linear_tiles import FOLDER, Tile, bucket_of, load
 from kernels.measured import provenance
 from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
 from kernels.skinny import launch_of, run
-from kernels.target import INTERPRETED
+from kernels.target import INTERPRETED, device_name
 from kernels.tiles import write_table
 from kernels.timing import COLD_BYTES, COPY_TB_S, captured, events_us
 
@@ -174,7 +174,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m kernels.skinny_bench", description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", choices=SHAPES, nargs="+", default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", choices=range(1, 65), default=[1, 8, 16, 32, 64], metavar="1..64")
-    parser.add_argument("--table", type=Path, help="write the fastest tiles to this file, those of other shapes kept")
+    parser.add_argument("--table", type=Path, nargs="?", const=FOLDER / f"{device_name()}.json", metavar="FILE",
+                        help="write the fastest tiles to this file (default: the one that is looked up), those of other "
+                        "shapes kept")  # fmt: skip
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("skinny_bench times a GPU and CUDA sees none here; run it on a machine that has one", file=sys.stderr)

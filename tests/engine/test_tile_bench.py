@@ -9,7 +9,7 @@ import torch
 from engine import tile_bench
 from engine.tile_bench import AGAIN, WORTH, Steps, main, note_tile, note_tiling, search
 from kernels import atmm, linear_tiles, tiles
-from kernels.batch import Projection
+from kernels.batch import LoraError, Projection
 from kernels.linear_tiles import Tile
 from kernels.tiles import Shape, Tiling, as_entry
 
@@ -44,7 +44,7 @@ def test_a_note_changes_the_rows_it_is_of_and_refuses_a_shape_the_table_lacks():
     assert entry["branched"]["8"]["split"] == 2
     assert entry["branched"]["16"] is None
     assert entry["step_us"] == {"8": {"us": 1.0}}
-    with pytest.raises(KeyError, match=r"32 x 32 .* 8 rows; run skinny_bench"):
+    with pytest.raises(LoraError, match=r"32 x 32 .* 8 rows; run skinny_bench"):
         note_tile(document, 8, (32, 32), None, {"us": 1.0})
 
 
@@ -148,6 +148,19 @@ def test_a_whole_run_writes_both_tables(tables, monkeypatch):
     assert len(tilings["entries"]) == 4
     assert "--batches 8" in tilings["in_step"]["command"]
     assert tiles.load(tables.tilings)[Shape(*WIDE, 64, 8, 8, ready=True)].form == "under"
+
+
+def test_what_is_missing_is_said_before_anything_is_timed(tables, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tile_bench, "random_model", lambda *_, **__: None)
+    monkeypatch.setattr(tile_bench, "Bench", lambda model, args: tables.bench)
+    absent = tmp_path / "none.json"
+    for linears, rows, says in ((absent, "8", "skinny_bench --table"), (tables.linears, "64", "12288 x 4096")):
+        with pytest.raises(SystemExit):
+            main(["--linears", str(linears), "--tilings", str(tables.tilings), "--batches", rows])
+        error = capsys.readouterr().err
+        assert says in error
+        assert linears.name in error
 
 
 def test_a_step_takes_the_tiling_of_its_shape(tables):
