@@ -323,7 +323,8 @@ def check_jobs(grid: Grid, adapters: int) -> Iterator[Job]:
                lambda stage, n=n, c=c, mode=mode, a=a: decode_scene(stage, "check", n, c, min(a, n), mode))  # fmt: skip
     for t, c, n, mode, a in ((rows * 5 // 16, 0, some, "plain", 0), (rows * 3 // 5, context // 5, some, "unmerged", few),
                              (rows // 3, context // 3, 0, "unmerged", 1), (rows * 3 // 4, 0, 0, "plain", 0),
-                             (rows // 10, context // 2, batch // 2, "unmerged", adapters)):
+                             (rows // 10, context // 2, batch // 2, "unmerged", adapters),
+                             (rows * 3 // 5, 0, batch * 3 // 4, "plain", 0)):  # as in bursts: long prompts, many decodes
         yield (f"check {mode} {t} {c} {n}",
                lambda stage, t=t, c=c, n=n, mode=mode, a=a: prefill_scene(
                    stage, "check", [(t // 2, c), (t - t // 2, 0)], (n, context // 3), a, mode))  # fmt: skip
