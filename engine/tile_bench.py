@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -80,8 +80,8 @@ class Steps:
     def shape(self, name: str) -> Shape:
         """What decides the tiling of a projection's branches in the step."""
         projection, lora = self.pool.projections[name], self.bench.runner.lora
-        shape = Shape(projection.d_in, projection.widths, lora.rank, self.rows, min(self.rows, self.bench.adapters))
-        return replace(shape, ready=True).rounded()
+        adapters = min(self.rows, self.bench.adapters)
+        return Shape(projection.d_in, projection.widths, lora.rank, self.rows, adapters, ready=True).rounded()
 
     def sizes(self, name: str) -> tuple[int, int]:
         """(columns, depth) of a projection's linear."""

@@ -22,6 +22,7 @@ from kernels.batch import Key, LoraBatch, LoraError, LoraPool, Projection
 COPY_TB_S = 4.3
 MATMUL_TFLOP_S = 790.0
 COLD_BYTES = 128 << 20
+CALLS = 48
 NOISE_US = 0.5
 """What a call adds to a linear that covers most of it is the difference of two larger times: less than this is noise."""
 SKEWS = ("uniform", "skew60", "short")
@@ -87,7 +88,7 @@ class World:
         self.batch.update(point.index())
         self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device=device).normal_(generator=random)
         self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device=device).normal_(generator=random)
-        self._alone_us: dict[int, float] = {}
+        self._fastest: dict[int, tuple[float, Callable]] = {}
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,34 +121,40 @@ class World:
             graph = captured(call, rounds * self.layers)
         return median(events_us(graph.replay, replays if round_us < 4 * target_us else 3)) / (rounds * self.layers)
 
-    def behind_us(self, linear: Callable, *, replays: int = 5, calls: int = 48) -> float:
+    def behind_us(self, linear: Callable, *, replays: int = 5, calls: int = CALLS) -> float:
         """What one call adds where calls occur: behind the layer's linear, of cold weights, before the next one.
 
         linear: (x, weight, bias, pool, batch, key) -> y, a linear with its branches (`in_turn` of an operator that knows no
         better way). Its time less that of the fastest linear without any.
         """
-        calls = -(-calls // self.layers) * self.layers
 
         def pair(x: torch.Tensor, weight: torch.Tensor, i: int) -> None:
             linear(x, weight, None, self.pool, self.batch, (i % self.layers, "p"))
 
-        if calls not in self._alone_us:
-            self._alone_us[calls] = self._chain_us(lambda x, weight, i: self.linear(x, weight, None), calls, 9)
-        return self._chain_us(pair, calls, replays) - self._alone_us[calls]
+        alone_us, _ = self._alone(calls)
+        return self._chain_us(pair, calls, replays) - alone_us
 
-    def _chain_us(self, call: Callable, calls: int, replays: int) -> float:
-        """Median microseconds of call(x, weight, i), weights in turn."""
-        graph = captured(lambda i: call(self.x, self._weights[i % len(self._weights)], i), calls)
-        return median(events_us(graph.replay, replays)) / calls
-
-    @cached_property
+    @property
     def linear(self) -> Callable:
         """The layer's linear without branches, (x, weight, bias) -> y: of those that the engine has, by itself or with
         branches behind it, the one that is faster here."""
-        ways: list[Callable] = [skinny.linear]
-        if tile := skinny.tile_for(self.x, self._weights[0], branched=True):
-            ways.append(partial(skinny.run, tile=tile))
-        return min(ways, key=lambda way: self._chain_us(lambda x, weight, i: way(x, weight, None), 48, 5))
+        return self._alone(CALLS)[1]
+
+    def _alone(self, calls: int) -> tuple[float, Callable]:
+        """(microseconds, linear) of the one that is faster."""
+        if calls not in self._fastest:
+            ways: list[Callable] = [skinny.linear]
+            if tile := skinny.tile_for(self.x, self._weights[0], branched=True):
+                ways.append(partial(skinny.run, tile=tile))
+            timed = [(self._chain_us(lambda x, weight, i, way=way: way(x, weight, None), calls, 9), way) for way in ways]
+            self._fastest[calls] = min(timed, key=lambda each: each[0])
+        return self._fastest[calls]
+
+    def _chain_us(self, call: Callable, calls: int, replays: int) -> float:
+        """Median microseconds of call(x, weight, i), weights in turn; of at least `calls`, each layer equally often."""
+        calls = -(-calls // self.layers) * self.layers
+        graph = captured(lambda i: call(self.x, self._weights[i % len(self._weights)], i), calls)
+        return median(events_us(graph.replay, replays)) / calls
 
     @cached_property
     def _weights(self) -> list[torch.Tensor]:

@@ -38,7 +38,7 @@ COARSE = (8, 64, 512, 4096)
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
 NEAREST = 2
-"""Of each form so many tilings of the nearest shapes are tried, the shape's own among them."""
+"""Of each form so many tilings of the nearest shapes are tried."""
 COLD = 80 << 20
 """Bytes of factors that calls rotate over: more than L2 holds."""
 GROUP = 45
@@ -272,7 +272,8 @@ def tune(
     entries = {entry_shape(entry): entry for entry in kept}
     stands = {shape for shape, entry in entries.items() if entry.get("in_step")}
     wanted = [shape for shape in shapes() if shape not in known or (again and again(shape) and shape not in stands)]
-    searches = [Search(shape, forms, neighbours(shape, NEAREST)) for shape in wanted]
+    own = {shape: [known[shape]] if shape in known else [] for shape in wanted}
+    searches = [Search(shape, forms, own[shape] + neighbours(shape, NEAREST)) for shape in wanted]
     print(f"{len(searches)} shapes to tune, {len(known)} known", file=sys.stderr)
     start = time.monotonic()
     for i in range(0, len(searches), GROUP):

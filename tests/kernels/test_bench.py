@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from kernels import results, verdict
+from kernels import results, timing, verdict
 from kernels.__main__ import main
 from kernels.batch import LoraError
+from kernels.linear_tiles import Tile
 from kernels.results import Row
-from kernels.timing import Point
+from kernels.timing import Point, World
 
 OURS = Row("atmm", "decode", 4096, 4096, 1, 8, 8, 64, "uniform", 4.0, 2.0, 1e-3)
 
@@ -34,6 +36,28 @@ def test_rows_fall_to_adapters_as_the_skew_says(skew, tokens, adapters, counts):
     assert np.bincount(index).tolist() == counts
     with pytest.raises(LoraError, match="skew 'odd'"):
         Point("prefill", 64, (64,), 8, 4, 16, "odd").index()
+
+
+def test_what_a_call_adds_is_told_against_the_faster_linear(monkeypatch):
+    """Each linear is timed once, however often it is asked for; an operator in turn runs behind the faster one."""
+    ran, took, tile = [], {"plain": 9.0, "tiled": 7.0, "branched": 8.5}, [Tile(2, 3)]
+    monkeypatch.setattr(timing, "COLD_BYTES", 1 << 14)
+    monkeypatch.setattr(timing.skinny, "linear", lambda x, weight, bias: ran.append("plain"))
+    monkeypatch.setattr(timing.skinny, "run", lambda x, weight, bias, tile: ran.append("tiled"))
+    monkeypatch.setattr(timing.skinny, "tile_for", lambda x, weight, branched: tile[0])
+
+    def chain_us(world, call, calls, replays):
+        call(world.x, world._weights[0], 0)
+        return took[ran[-1]]
+
+    monkeypatch.setattr(World, "_chain_us", chain_us)
+    for added, tile[0] in ((1.5, Tile(2, 3)), (-0.5, None)):
+        ran.clear()
+        world = World(Point("decode", 64, (64,), 4, 2, 16), torch.float16, device="cpu", cold_bytes=1 << 14)
+        assert [world.behind_us(lambda *call: ran.append("branched")) for _ in range(2)] == [added, added]
+        assert ran == ["plain", *["tiled"] * bool(tile[0]), "branched", "branched"]
+        world.linear(world.x, world._weights[0], None)
+        assert ran[-1] == ("tiled" if tile[0] else "plain")
 
 
 def test_rows_survive_the_file(tmp_path):

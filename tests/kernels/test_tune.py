@@ -62,7 +62,7 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
     path = tmp_path / "a-gpu.json"
     entries = [tune.as_entry(shape, Tiling(), 4.0) for shape in shapes[:2]]
     tune.write_table(path, {"device": "a GPU"}, [entries[0] | {"in_step": True}, entries[1]])
-    searched = []
+    searched, to_beat = [], []
 
     class Search(tune.Search):
         def first(self):
@@ -76,13 +76,16 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
 
         def finish(self):
             searched.append(self.shape)
+            to_beat.append(self.known)
             return tune.as_entry(self.shape, Tiling("under"), 3.0)
 
     for name, stand_in in (("shapes", lambda: shapes), ("Search", Search), ("compile_all", lambda launches: None),
-                           ("provenance", lambda command: {"command": command})):  # fmt: skip
+                           ("provenance", lambda command: {"command": command}),
+                           ("neighbours", lambda shape, each: [Tiling(split=2)])):  # fmt: skip
         monkeypatch.setattr(tune, name, stand_in)
     tune.tune(path, again=lambda shape: True)
     assert searched == shapes[1:]
+    assert to_beat == [[Tiling(), Tiling(split=2)], [Tiling(split=2)]], "the file's own, and the device's neighbours"
     assert [tiling.form for tiling in tune.load(path).values()] == ["two", "under", "under"]
 
 

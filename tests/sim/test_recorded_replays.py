@@ -28,11 +28,12 @@ def cells(campaign: str) -> list[tuple[str, str]]:
 CELLS = cells("replays")
 LATER = cells("heads")
 """Video answered by a task head, and decoded: recorded when the model of latencies stood."""
-STEP_LIMITS = {"heads": (3.3, 11.7), "replays/qwen2-vl-7b-retrieval": (2.1, 10.5)}
+STEP_LIMITS = {"heads": (3.2, 11.7), "heads/video-decoded": (3.3, 11.7), "replays/qwen2-vl-7b-retrieval": (2.1, 10.5)}
 """Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, and
 first steps of leases, which start later on some hosts than on others."""
-ALIKE = 0.02
-"""Average token latencies no further apart are not ordered: valora's and its rivals' were recorded on two machines."""
+ALIKE, ALIKE_ELSEWHERE = 0.01, 0.02
+"""Average token latencies no further apart are not ordered; elsewhere: valora's, recorded on another machine than its
+rivals'."""
 
 
 def record_of(replay: str, policy: str):
@@ -78,16 +79,17 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
         measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
         assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
     for one, other in combinations(measured, 2):
-        if measured[one] != pytest.approx(measured[other], rel=ALIKE):
+        alike = ALIKE_ELSEWHERE if "valora" in (one, other) else ALIKE
+        if measured[one] != pytest.approx(measured[other], rel=alike):
             assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
     assert errors.max() < 0.045
 
 
-@pytest.mark.parametrize("model", ["", "llava-1.5-13b-", "qwen2-vl-7b-"])
-def test_a_task_head_saves_what_the_readme_says(model):
+@pytest.mark.parametrize(("model", "least"), [("", 0.41), ("llava-1.5-13b-", 0.41), ("qwen2-vl-7b-", 0.4)])
+def test_a_task_head_saves_what_the_readme_says(model, least):
     head, decoded = (summarize(record_of(f"heads/{model}{what}", "valora")) for what in ("video", "video-decoded"))
-    assert 0.4 < 1 - head["mean_e2el_ms"] / decoded["mean_e2el_ms"] < 0.63
+    assert least < 1 - head["mean_e2el_ms"] / decoded["mean_e2el_ms"] < 0.63
 
 
 @pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
