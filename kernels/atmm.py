@@ -25,7 +25,7 @@ from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
 TYPES = dict.fromkeys(("route", "perm", "counts", "came", "went"), torch.int32)
-TYPES |= {"v": torch.float32, "positions": 16, "pool_rows": 16}
+TYPES |= {"positions": 16, "pool_rows": 16}
 TYPES |= dict.fromkeys(("split", "least", "former", "span", "shrinkers"), 3)
 """Run-time arguments of the kernels; all others are in the pool's dtype. 16, 3: whole numbers, multiples of 16 or any."""
 
@@ -166,11 +166,16 @@ def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict
     known = {"perm": argument(batch.perm), "positions": positions, "pool_rows": batch.pool.rows, "split": t.split}
     if t.form != "one":
         planes = (t.split + (t.form == "stream")) * slices * (1 + mixture)
-        known["v"] = argument(batch.workspace(planes * positions * shape.rank))
+        known["v"] = argument(batch.workspace(planes * positions * shape.rank).view(planes_type(shape, batch.pool.dtype)))
     if t.form == "stream":
         steps = triton.cdiv(shape.d_in, t.k_block)
         known |= {"least": triton.cdiv(steps, t.split), "former": processors() * t.residents, "span": t.span}
     return known
+
+
+def planes_type(shape: Shape, dtype: torch.dtype) -> torch.dtype:
+    """Of v's planes: float32, but the factors' in LONG steps, in which every run of columns reads them again from L2."""
+    return dtype if shape.tokens >= LONG else torch.float32
 
 
 def _meeting(launch: Launch, shape: Shape, batch: LoraBatch) -> dict:
@@ -218,11 +223,12 @@ def resolve(
     sizes |= {"R": shape.rank, "PASSES": passes, "SLICES": slices, "XS": strides[0], "YS": strides[1]}
     sizes |= {"READY": shape.ready, "PDL": has_dependent_launch(), "IEEE": dtype is torch.float32}
     sizes |= {"BM": t.rows, "BK": t.k_block, "BN": t.n_block, "SPLIT": t.split, "STAGES": t.stages}
+    types = TYPES | {"v": planes_type(shape, dtype)}
 
     def launch(kernel, grid: tuple[int, int], warps: int, **own) -> Launch:
         known = sizes | own
         constants = {name: known[name] for name in kernel.arg_names if name in known}
-        needed = {name: TYPES.get(name, dtype) for name in kernel.arg_names if name not in known}
+        needed = {name: types.get(name, dtype) for name in kernel.arg_names if name not in known}
         return Launch(kernel, grid, constants, needed, warps)
 
     if t.form == "one":

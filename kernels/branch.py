@@ -124,7 +124,7 @@ def shrink(
     BR: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, STAGES: tl.constexpr,
     READY: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T in float32.
+    """v[part, pass x slice, position, R] = scale * x[perm[position], K / split columns] A^T, in v's type.
 
     Grid (split * R / BR * SLICES * PASSES, tiles): a program does BR columns of v, over one of `split` parts of d_in.
     a [SLICES, pool_rows, K] of one layer. `positions`: rows of a plane. ONCE: BK columns are a whole part. READY: x is
@@ -151,9 +151,9 @@ def _planes(
     """Sum over splits of one v tile [BM, R] in float32; columns behind the rank are zero whatever they hold."""
     at = v + (plane.to(tl.int64) * positions + position)[:, None] * R + r[None, :]
     mask = live[:, None] & (r < rank)[None, :]
-    total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg")
+    total = tl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     for s in tl.static_range(1, SPLIT):
-        total += tl.load(at + s * PLANES * positions * R, mask=mask, other=0.0, cache_modifier=".cg")
+        total += tl.load(at + s * PLANES * positions * R, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return pin(total)
 
 

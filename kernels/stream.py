@@ -29,7 +29,7 @@ def shrink_stream(
     XS: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SLICES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr, IEEE: tl.constexpr,
 ):  # fmt: skip
-    """v[part, slice, position, R] = scale * x[perm[position], part's columns] A^T in float32; grid (programs, 1).
+    """v[part, slice, position, R] = scale * x[perm[position], part's columns] A^T, in v's type; grid (programs, 1).
 
     counts: row tiles of height BM. Each program takes at least `least` steps of BK columns, so a tile of a slice has at
     most ceil(steps of d_in / least) + 1 parts, numbered from its first program on.
@@ -112,9 +112,10 @@ def expand_stream(
         parts = ((task + 1) * NK - 1) // share - task * NK // share + 1
         v_at = v + ((s * positions + first + m).to(tl.int64) * R)[:, None] + r[None, :]
         v_live = live[:, None] & (r < rank)[None, :]
-        total = tl.load(v_at, mask=v_live, other=0.0, cache_modifier=".cg")
+        total = tl.load(v_at, mask=v_live, other=0.0, cache_modifier=".cg").to(tl.float32)
         for p in tl.static_range(1, SPLIT + 1):
-            total += tl.load(v_at + p * SLICES * positions * R, mask=v_live & (p < parts), other=0.0, cache_modifier=".cg")
+            mask = v_live & (p < parts)
+            total += tl.load(v_at + p * SLICES * positions * R, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
         v_tile = pin(total).to(dtype)
         n = (block - start) * BN + tl.arange(0, BN)
         b_at = b + (offset + r).to(tl.int64)[:, None] * D + (base + n)[None, :]

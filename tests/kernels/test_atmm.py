@@ -81,6 +81,20 @@ def test_every_form_equals_float32(form, dtype):
         assert relative_error(y, truth) < 1e-2, (merged, key)
 
 
+@pytest.mark.parametrize("merged", [-1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_long_steps_keep_v_in_the_factors_type(monkeypatch, form, merged):
+    monkeypatch.setattr(operator, "LONG", 16)
+    pool, batch, index, random = world(DTYPES[0])
+    batch.update(index, merged)
+    x, y = tensors(pool, (1, "o"), len(index), random)
+    expected = reference(y, x, pool, batch, (1, "o"))
+    atmm(y, x, pool, batch, (1, "o"), tiling=FORMS[form])
+    assert relative_error(y, expected) < 1e-2
+    types = [operator.planes_type(Shape(96, (64,), 32, tokens, 5), pool.dtype) for tokens in (15, 16)]
+    assert types == [torch.float32, pool.dtype]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(seed):
     choose = np.random.default_rng(seed)
