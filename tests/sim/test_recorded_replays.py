@@ -28,9 +28,12 @@ def cells(campaign: str) -> list[tuple[str, str]]:
 CELLS = cells("replays")
 LATER = cells("heads")
 """Video answered by a task head, and decoded: recorded when the model of latencies stood."""
-STEP_LIMITS = {"heads": (3.2, 11.7), "heads/video-decoded": (3.3, 11.7), "replays/qwen2-vl-7b-retrieval": (2.1, 10.5)}
-"""Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, and
-first steps of leases, which start later on some hosts than on others."""
+STEP_LIMITS = {
+    "heads": (3.2, 11.7), "heads/video-decoded": (3.3, 11.7), "replays/qwen2-vl-7b-retrieval": (2.1, 8.1),
+    "replays/llava-1.5-13b-video": (2.4, 7.6), "replays/qwen2-vl-7b-video": (2.5, 7.6),
+}  # fmt: skip
+"""Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, first
+steps of leases, which start later on some hosts than on others, and prompts on a host that took 1 to 2 % less for them."""
 ALIKE, ALIKE_ELSEWHERE = 0.01, 0.02
 """Average token latencies no further apart are not ordered; elsewhere: valora's, recorded on another machine than its
 rivals'."""
@@ -83,13 +86,13 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
         if measured[one] != pytest.approx(measured[other], rel=alike):
             assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
-    assert errors.max() < 0.045
+    assert errors.max() < 0.051
 
 
-@pytest.mark.parametrize(("model", "least"), [("", 0.41), ("llava-1.5-13b-", 0.41), ("qwen2-vl-7b-", 0.4)])
-def test_a_task_head_saves_what_the_readme_says(model, least):
+@pytest.mark.parametrize("model", ["", "llava-1.5-13b-", "qwen2-vl-7b-"])
+def test_a_task_head_saves_what_the_readme_says(model):
     head, decoded = (summarize(record_of(f"heads/{model}{what}", "valora")) for what in ("video", "video-decoded"))
-    assert least < 1 - head["mean_e2el_ms"] / decoded["mean_e2el_ms"] < 0.63
+    assert 0.41 < 1 - head["mean_e2el_ms"] / decoded["mean_e2el_ms"] < 0.63
 
 
 @pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
