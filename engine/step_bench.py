@@ -42,6 +42,8 @@ from traces.whole_file import replace_text
 
 READ_TB_S = 4.5
 """What an H200 reads (measured); the floor of a step is its weights and keys at this rate."""
+SPARE_PAGES = 256
+"""Beside those of the sequences; what the memory holds beyond is left to others, as to processes that compile."""
 MODES = {PLAIN: BASE, BRANCHED: UNMERGED, MIXED: MIXTURE}
 
 
@@ -62,10 +64,10 @@ class Bench:
     def __init__(self, model: Model, args: argparse.Namespace):
         self.model = model
         adapters = make_adapters(args.adapters, args.ranks)
-        most = max(args.batches)
+        most, longest = max(args.batches), max(args.prefills)
         config = EngineConfig(
             limits=Limits(most, max([*args.prefills, 2048]), args.context + 512), targets=TARGETS[args.targets],
-            pages=(most + 1) * (-(-args.context // 16) + 32) + 1024,
+            pages=max(most * (args.context // 16 + 1), longest // 16 + most) + SPARE_PAGES,
         )  # fmt: skip
         found = find_adapters(adapters, model, config.targets, None, 0)
         self.engine: Engine = build(model, Decoder(model), adapters, found, make_policy("valora"), None, config)

@@ -12,6 +12,7 @@ from kernels.target import INTERPRETED, has_dependent_launch, processors  # isor
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import torch
 import triton
@@ -24,6 +25,8 @@ from kernels.launch import Launch, argument, layers
 from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
+GIVEN = ("y", "x", "a", "b")
+"""Arguments that are others in each call or layer."""
 TYPES = dict.fromkeys(("route", "perm", "counts", "came", "went"), torch.int32)
 TYPES |= {"positions": 16, "pool_rows": 16}
 TYPES |= dict.fromkeys(("split", "least", "former", "span", "shrinkers"), 3)
@@ -113,17 +116,17 @@ def _plan(y, x, *, pool: LoraPool, batch: LoraBatch, name: str, tiling: Tiling |
     for launch, run in zip(launches, runs, strict=True):
         rows = launch.constants["BM"]
         known |= {"route": argument(batch.routes[rows]), "counts": argument(batch.counts[rows])}
-        given = [name for name in launch.types if name in ("y", "x", "a", "b")]  # a kernel's first arguments
+        given = [name for name in launch.types if name in GIVEN]  # a kernel's first arguments, two at least
         calls.append(_call(run, given, tuple(known[name] for name in [*launch.types][len(given) :]), a, b))
     return calls
 
 
 def _call(run: Callable, given: list[str], rest: tuple, a: list, b: list) -> Callable:
     """One launch as a function of (y, x, layer)."""
+    own = itemgetter(*map(GIVEN.index, given))
 
     def call(y, x, layer):
-        here = {"y": argument(y), "x": argument(x), "a": a[layer], "b": b[layer]}
-        run(*[here[name] for name in given], *rest)
+        run(*own((argument(y), argument(x), a[layer], b[layer])), *rest)
 
     return call
 

@@ -10,11 +10,13 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 
 import torch
 
 from kernels import branch, skinny, stream
+from kernels.batch import LoraError
 from kernels.launch import Launch
 
 PATIENCE_S = 3.0
@@ -58,17 +60,28 @@ def make_ready(launches: list[Launch]) -> None:
 
 
 def in_parallel(work: Callable, jobs: list[tuple]) -> list:
-    """work(*job) of every job, in order, each core a process of its own with its own view of the GPU."""
+    """work(*job) of every job, in order, each core a process of its own with its own view of the GPU.
+
+    LoraError where a process ended before its work, as one does that finds no memory left on the GPU.
+    """
     if not jobs:
         return []
-    return list(_workers().map(work, *zip(*jobs, strict=True), chunksize=2 if len(jobs) > 64 else 1))
+    try:
+        return list(_workers().map(work, *zip(*jobs, strict=True), chunksize=2 if len(jobs) > 64 else 1))
+    except BrokenProcessPool as error:
+        _workers.cache_clear()
+        raise LoraError(
+            f"a process that compiles ended early ({error}); each takes about half a GiB of the GPU's memory: leave that "
+            "much free, as with fewer KV pages or a shorter --context, or give this process fewer cores (taskset)"
+        ) from error
 
 
 @cache
 def _workers() -> ProcessPoolExecutor:
-    """Started once, for each has torch to import; they end with this process. On this process's GPU, and as many as its
-    share of the cores where torchrun started several."""
-    count = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """Started once, for each has torch to import; they end with this process. On this process's GPU, and as many as the
+    cores that it may use, or its share of them where torchrun started several."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _take_device, (device,))
 

@@ -1,5 +1,6 @@
 """Launching without a GPU: a stand-in for the compiled kernel shows what is launched."""
 
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from kernels import atmm as operator
 from kernels import launch as launching
 from kernels import precompile
 from kernels.atmm import resolve
-from kernels.batch import LoraBatch, LoraPool, Projection
+from kernels.batch import LoraBatch, LoraError, LoraPool, Projection
 from kernels.launch import Launch
 from kernels.tiles import Shape, Tiling, default
 
@@ -154,3 +155,13 @@ def test_many_kernels_are_compiled_on_all_cores_and_few_here(monkeypatch):
     precompile.make_ready(launches)
     assert (len(here), len(everywhere)) == (2, 2)
     assert precompile._workers.cache_info().currsize == 0, "their memory on the GPU is free again"
+
+
+def test_a_compiling_process_that_ends_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    with pytest.raises(LoraError, match="leave that much free"):
+        precompile.in_parallel(os._exit, [(1,)])
+    assert precompile.in_parallel(abs, [(-1,)]) == [1], "others take their place"
+    assert precompile._workers()._max_workers == 1, "as many as the cores that this process may use"
+    precompile._workers().shutdown()
+    precompile._workers.cache_clear()
