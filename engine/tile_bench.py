@@ -195,8 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tiling = best[name, "tiling"]
             if tiling != start[name, "tiling"]:
                 note_tiling(documents[args.tilings], as_entry(steps.shape(name), tiling, steps.alone_us(name, tiling)))
-        documents[args.linears]["in_step"] = {**origin, "what": "`branched` as chosen in whole decode steps; see `step_us`"}
-        documents[args.tilings]["in_step"] = {**origin, "what": "entries `in_step` are as chosen in whole decode steps"}
+        note_run(documents[args.linears], origin, "`branched` as chosen in whole decode steps; see `step_us`")
+        note_run(documents[args.tilings], origin, "entries `in_step` are as chosen in whole decode steps")
         for path, document in documents.items():
             write_table(path, {key: value for key, value in document.items() if key != "entries"}, document["entries"])
     return 0
@@ -209,6 +209,12 @@ def entry_of(document: dict, rows: int, sizes: tuple[int, int]) -> dict:
     if entry is None:
         raise LoraError(f"no entry for {sizes[0]} x {sizes[1]} in the bucket of {rows} rows; run skinny_bench --table")
     return entry
+
+
+def note_run(document: dict, origin: dict, what: str) -> None:
+    """Put this run behind the others whose choices the table holds."""
+    others = [run for run in document.get("in_step", {}).get("runs", []) if run["command"] != origin["command"]]
+    document["in_step"] = {"what": what, "runs": [*others, origin]}
 
 
 def note_tile(document: dict, rows: int, sizes: tuple[int, int], tile: Tile | None, took: dict[str, float]) -> None:

@@ -153,21 +153,25 @@ def _times(rows: list[dict]) -> dict[Tile | None, dict[int, float]]:
 
 
 def write(path: Path, origin: dict, entries: list[dict]) -> None:
-    """A table of the entries, and of those for other shapes and buckets that the file has. LoraError if it is no table."""
+    """A table of the entries, and of those for other shapes and buckets that the file has. LoraError if it is no table.
+
+    `earlier` in it: the runs that those are of.
+    """
     fresh = {(entry["columns"], entry["depth"], entry["bucket"]) for entry in entries}
-    kept = []
+    kept, rest = [], {}
     if path.exists():
         load(path)
         old = json.loads(path.read_text())
         kept = [entry for entry in old["entries"] if (entry["columns"], entry["depth"], entry["bucket"]) not in fresh]
         if kept:
-            origin = origin | {"note": f"{len(kept)} of {len(kept) + len(entries)} entries are of {old['date']}"}
+            runs = [*old.get("earlier", []), {key: old[key] for key in origin if key in old}]
+            rest = {"earlier": [run for run in runs if run != origin], "in_step": old.get("in_step")}
     what = (
         "fastest tile of each linear and bucket of rows, null where torch's linear is as fast; us and torch_us: one call of "
         "so many rows in a CUDA graph, weights and factors cold in L2, behind the small kernel that makes its x, both "
         "counted, for gate and up the SiLU gate too"
     )
-    write_table(path, origin | {"what": what}, kept + entries)
+    write_table(path, origin | {"what": what} | {key: value for key, value in rest.items() if value}, kept + entries)
 
 
 def main(arguments: list[str]) -> int:

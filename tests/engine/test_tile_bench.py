@@ -144,7 +144,8 @@ def test_a_whole_run_writes_both_tables(tables, monkeypatch):
     monkeypatch.setattr(tile_bench, "random_model", lambda *_, **__: None)
     monkeypatch.setattr(tile_bench, "Bench", lambda model, args: tables.bench)
     monkeypatch.setattr(tile_bench, "provenance", lambda command: {"command": command})
-    assert main(["--linears", str(tables.linears), "--tilings", str(tables.tilings), "--batches", "8"]) == 0
+    asked = ["--linears", str(tables.linears), "--tilings", str(tables.tilings), "--batches", "8"]
+    assert main(asked) == 0
     linears, tilings = (json.loads(path.read_text()) for path in (tables.linears, tables.tilings))
     assert [entry["branched"]["8"]["split"] for entry in linears["entries"]] == [4, 2]
     assert {tuple(entry["step_us"]["8"].values()) for entry in linears["entries"]} == {(90.0, 100, 95)}
@@ -152,7 +153,9 @@ def test_a_whole_run_writes_both_tables(tables, monkeypatch):
     assert [(entry["tokens"], entry["adapters"], entry["tiling"]["form"], entry["us"]) for entry in chosen] == [
         (8, 8, "under", 2.5)]  # fmt: skip
     assert len(tilings["entries"]) == 4
-    assert "--batches 8" in tilings["in_step"]["command"]
+    assert ["--batches 8" in run["command"] for run in tilings["in_step"]["runs"]] == [True]
+    assert main([*asked, "--repeats", "3"]) == 0
+    assert len(json.loads(tables.linears.read_text())["in_step"]["runs"]) == 2
     assert tiles.load(tables.tilings)[Shape(*WIDE, 64, 8, 8, ready=True)].form == "under"
 
 

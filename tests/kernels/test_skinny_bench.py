@@ -30,7 +30,10 @@ def test_the_bench_writes_what_is_looked_up_and_keeps_other_shapes(tmp_path):
     again = measured(128, [(1, second, "1.0"), (1, torchs, "2.0")])
     skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(again))
     assert linear_tiles.load(path) == found | {(128, 512): {16: Tile(*second)}}
-    assert json.loads(path.read_text())["note"] == "2 of 3 entries are of 2026-01-01"
+    third = measured(256, [(1, first, "2.0"), (1, torchs, "1.0")])
+    skinny_bench.write(path, origin | {"date": "2026-02-02"}, skinny_bench.entries_of(third))
+    told = json.loads(path.read_text())
+    assert (told["date"], told["earlier"]) == ("2026-02-02", [origin]), "a run that writes twice is told once"
 
 
 def test_many_rows_count_no_more_than_few():
