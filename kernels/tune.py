@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from math import inf, prod
+from math import ceil, inf, prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from triton.runtime.errors import OutOfResources
 
@@ -27,7 +28,7 @@ from kernels.batch import LONG, LoraBatch
 from kernels.launch import Launch
 from kernels.measured import provenance
 from kernels.precompile import compile_all
-from kernels.target import device_name
+from kernels.target import device_name, processors
 from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, neighbours, write_table
 from kernels.timing import NOISE_US, Point, World, in_turn
 
@@ -66,6 +67,12 @@ def shapes() -> list[Shape]:
               for uneven in ((False, True) if row[-2] >= LONG and row[-1] > 1 else (False,))]  # fmt: skip
     apart = [Shape(*row) for row in shares]
     return [*dict.fromkeys([*(behind(shape, torch.bfloat16) for shape in apart), *apart])]
+
+
+def _point(shape: Shape) -> Point:
+    """Where a shape is timed first."""
+    skew = "skew60" if shape.uneven else "uniform"
+    return Point("tune", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank, skew)
 
 
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
@@ -130,12 +137,30 @@ def under_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
             yield replace(best, n_block=n_block, warps=warps, expand_warps=warps)
 
 
+def _whole_waves(shape: Shape, rows: int, n_block: int) -> Iterator[int]:
+    """Spans at which the expand of unequal shares is one, two or three waves, at two programs a processor.
+
+    A few row tiles more than equal shares have are otherwise often a wave more: 268 programs on 264 places take as long
+    as 528 would.
+    """
+    if not shape.uneven:
+        return
+    counts = np.bincount(_point(shape).index())
+    tiles = int((-(-counts // rows)).sum())
+    for waves in (1, 2, 3):
+        for span in range(1, ceil(max(shape.widths) / n_block) + 1):
+            if tiles * sum(ceil(width / (n_block * span)) for width in shape.widths) <= 2 * waves * processors():
+                yield span
+                break
+
+
 def expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
-    """Candidates for the expand beside the best shrink."""
+    """Candidates for the expand beside the best shrink; of unequal shares also in whole waves."""
     few = ((64, 1, 2), (128, 1, 2), (256, 1, 2), (256, 2, 2))
     many = ((128, 1, 2), (256, 1, 2), (128, 2, 2), (256, 2, 2), (64, 8, 3), (128, 4, 3), (128, 8, 3), (256, 4, 3))
     for rows in _row_tiles(shape):
-        for n_block, span, stages in many if shape.tokens >= 512 else few:
+        whole = [(n_block, span, 3) for n_block in (64, 128) for span in _whole_waves(shape, rows, n_block)]
+        for n_block, span, stages in dict.fromkeys((*many, *whole)) if shape.tokens >= 512 else few:
             for warps in (4, 8) if max(rows, shape.rank) * n_block >= 8192 else (4,):
                 if rows * n_block <= 16384:
                     tile = {"expand_rows": rows, "n_block": n_block, "span": span}
@@ -211,8 +236,8 @@ class Search:
     def time(self, candidates: list[Tiling]) -> World:
         """Time what is new among the candidates; the first world they were timed in."""
         shape = self.shape
-        point = Point("tune", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank)
-        worlds = [World(replace(point, skew="skew60") if shape.uneven else point, cold_bytes=COLD)]
+        point = _point(shape)
+        worlds = [World(point, cold_bytes=COLD)]
         if 1 < shape.adapters < shape.tokens < LONG:  # equal shares can fill row tiles and processors by luck
             worlds.append(World(replace(point, skew="skew60"), cold_bytes=COLD))
         for tiling in candidates:

@@ -51,6 +51,15 @@ def test_of_a_form_that_is_far_behind_the_least_bad_shrink_is_tried_with_other_e
             assert (tiling.k_block, tiling.split, tiling.residents) == (least.k_block, least.split, least.residents)
 
 
+def test_unequal_shares_are_expanded_in_whole_waves(monkeypatch):
+    monkeypatch.setattr(tune, "processors", lambda: 132)
+    uneven = Shape(*SQUARE, 128, 4096, 8, uneven=True)  # 2,458 rows and seven times 234: 39 + 28 tiles of 64
+    assert [*tune._whole_waves(uneven, 64, 128)] == [11, 5, 3], "3 runs of 67 tiles on 264 places, 7 on 528, 11 on 792"
+    tried = {(tiling.expand_rows, tiling.n_block, tiling.span) for tiling in tune.expands(uneven, Tiling())}
+    assert {(64, 128, span) for span in (11, 5, 3)} <= tried
+    assert not [*tune._whole_waves(Shape(*SQUARE, 128, 4096, 8), 64, 128)], "equal shares fill them by themselves"
+
+
 def test_a_tiling_far_behind_the_best_is_timed_no_further(monkeypatch):
     search, took = tune.Search(Shape(*SQUARE, 64, 32, 8)), {Tiling(): [2.0, 4.0], Tiling(n_block=256): [2.5, 0.0]}
     monkeypatch.setattr(search, "_us", lambda world, tiling: took[tiling][world])
