@@ -66,7 +66,7 @@ class Bench:
         adapters = make_adapters(args.adapters, args.ranks)
         most, longest = max(args.batches), max(args.prefills)
         config = EngineConfig(
-            limits=Limits(most, max([*args.prefills, 2048]), args.context + 512), targets=TARGETS[args.targets],
+            limits=Limits(most, max(longest, 2048), args.context + 512), targets=TARGETS[args.targets],
             pages=max(most * (args.context // 16 + 1), longest // 16 + most) + SPARE_PAGES,
         )  # fmt: skip
         found = find_adapters(adapters, model, config.targets, None, 0)

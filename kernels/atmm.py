@@ -169,7 +169,7 @@ def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict
     known = {"perm": argument(batch.perm), "positions": positions, "pool_rows": batch.pool.rows, "split": t.split}
     if t.form != "one":
         planes = (t.split + (t.form == "stream")) * slices * (1 + mixture)
-        known["v"] = argument(batch.workspace(planes * positions * shape.rank).view(planes_type(shape, batch.pool.dtype)))
+        known["v"] = argument(batch.workspace(planes * positions * shape.rank, planes_type(shape, batch.pool.dtype)))
     if t.form == "stream":
         steps = triton.cdiv(shape.d_in, t.k_block)
         known |= {"least": triton.cdiv(steps, t.split), "former": processors() * t.residents, "span": t.span}

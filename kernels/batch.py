@@ -231,11 +231,12 @@ class LoraBatch:
         self._workspaces: list[torch.Tensor] = []
         self._kept: list[torch.Tensor] = []
 
-    def workspace(self, numel: int) -> torch.Tensor:
-        """float32 scratch of at least numel, for the operators of one stream, never freed: graphs hold its address."""
-        if not self._workspaces or self._workspaces[-1].numel() < numel:
-            self._workspaces.append(torch.empty(numel, dtype=torch.float32, device=self.pool.device))
-        return self._workspaces[-1]
+    def workspace(self, numel: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Scratch of at least numel, for the operators of one stream, never freed: graphs hold its address."""
+        size = numel * dtype.itemsize
+        if not self._workspaces or self._workspaces[-1].nbytes < size:
+            self._workspaces.append(torch.empty(-(-size // 4), dtype=torch.float32, device=self.pool.device))
+        return self._workspaces[-1].view(dtype)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, alive as long as this batch: graphs hold its address."""

@@ -80,8 +80,7 @@ def in_parallel(work: Callable, jobs: list[tuple]) -> list:
 def _workers() -> ProcessPoolExecutor:
     """Started once, for each has torch to import; they end with this process. On this process's GPU, and as many as the
     cores that it may use, or its share of them where torchrun started several."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    count = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _take_device, (device,))
 

@@ -158,7 +158,7 @@ def test_many_kernels_are_compiled_on_all_cores_and_few_here(monkeypatch):
 
 
 def test_a_compiling_process_that_ends_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda process: {3}, raising=False)
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda process: {3})
     with pytest.raises(LoraError, match="leave that much free"):
         precompile.in_parallel(os._exit, [(1,)])
     assert precompile.in_parallel(abs, [(-1,)]) == [1], "others take their place"

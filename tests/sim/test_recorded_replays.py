@@ -29,14 +29,14 @@ CELLS = cells("replays")
 LATER = cells("heads")
 """Video answered by a task head, and decoded: recorded when the model of latencies stood."""
 STEP_LIMITS = {
-    "heads": (3.2, 11.7), "heads/video-decoded": (3.3, 11.7), "replays/qwen2-vl-7b-retrieval": (2.1, 8.1),
-    "replays/llava-1.5-13b-video": (2.4, 7.6), "replays/qwen2-vl-7b-video": (2.5, 7.6),
+    "video-decoded": (3.3, 7.6), "qwen2-vl-7b-retrieval": (2.1, 8.1), "llava-1.5-13b-video": (2.4, 7.6),
+    "qwen2-vl-7b-video": (2.5, 7.6),
 }  # fmt: skip
 """Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, first
 steps of leases, which start later on some hosts than on others, and prompts on a host that took 1 to 2 % less for them."""
 ALIKE, ALIKE_ELSEWHERE = 0.01, 0.02
-"""Average token latencies no further apart are not ordered; elsewhere: valora's, recorded on another machine than its
-rivals'."""
+"""Average token latencies no further apart are not ordered; elsewhere: LLaVA-7B's under valora, recorded on another machine
+than its rivals'."""
 
 
 def record_of(replay: str, policy: str):
@@ -66,7 +66,7 @@ def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, po
     table = predicted(record, profile, config_of(record), policy_of(record.config), SimpleNamespace(adapters=adapters))
     whole = step_errors(record, SimpleNamespace(details={"predicted": table}))[-1]
     assert whole.kind == "all"
-    median, p95 = STEP_LIMITS.get(replay, STEP_LIMITS.get(replay.split("/")[0], (2.1, 7.6)))
+    median, p95 = STEP_LIMITS.get(Path(replay).name, (2.1, 7.6))
     assert whole.median <= median
     assert whole.p95 <= p95
     assert whole.modelled_ms == pytest.approx(whole.measured_ms, rel=0.025)
@@ -82,7 +82,7 @@ def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
         measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
         assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
     for one, other in combinations(measured, 2):
-        alike = ALIKE_ELSEWHERE if "valora" in (one, other) else ALIKE
+        alike = ALIKE_ELSEWHERE if record.config["model"] == "llava-1.5-7b" and "valora" in (one, other) else ALIKE
         if measured[one] != pytest.approx(measured[other], rel=alike):
             assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
@@ -101,4 +101,4 @@ def test_the_simulator_foresees_what_was_recorded_later(replay, policy):
     record = record_of(replay, policy)
     ours = replicated(record, find_profile("h200", record.config["model"]), str(trace_of(record)), {}, error_bars=False)
     measured, simulated = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
-    assert simulated == pytest.approx(measured, rel=0.055)
+    assert simulated == pytest.approx(measured, rel=0.045)
