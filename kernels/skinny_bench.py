@@ -29,7 +29,7 @@ from kernels.pointwise import add_rms_norm, silu_mul
 from kernels.precompile import in_parallel
 from kernels.skinny import launch_of, run
 from kernels.target import INTERPRETED, device_name
-from kernels.tiles import write_table
+from kernels.tiles import earlier_runs, write_table
 from kernels.timing import COLD_BYTES, COPY_TB_S, captured, events_us
 
 SHAPES = {
@@ -153,25 +153,20 @@ def _times(rows: list[dict]) -> dict[Tile | None, dict[int, float]]:
 
 
 def write(path: Path, origin: dict, entries: list[dict]) -> None:
-    """A table of the entries, and of those for other shapes and buckets that the file has. LoraError if it is no table.
-
-    `earlier` in it: the runs that those are of.
-    """
+    """A table of the entries, and of those for other shapes and buckets that the file has. LoraError if it is no table."""
     fresh = {(entry["columns"], entry["depth"], entry["bucket"]) for entry in entries}
     kept, rest = [], {}
     if path.exists():
         load(path)
         old = json.loads(path.read_text())
         kept = [entry for entry in old["entries"] if (entry["columns"], entry["depth"], entry["bucket"]) not in fresh]
-        if kept:
-            runs = [*old.get("earlier", []), {key: old[key] for key in origin if key in old}]
-            rest = {"earlier": [run for run in runs if run != origin], "in_step": old.get("in_step")}
+        rest = earlier_runs(old, origin) if kept else {}
     what = (
         "fastest tile of each linear and bucket of rows, null where torch's linear is as fast; us and torch_us: one call of "
         "so many rows in a CUDA graph, weights and factors cold in L2, behind the small kernel that makes its x, both "
         "counted, for gate and up the SiLU gate too"
     )
-    write_table(path, origin | {"what": what} | {key: value for key, value in rest.items() if value}, kept + entries)
+    write_table(path, origin | {"what": what} | rest, kept + entries)
 
 
 def main(arguments: list[str]) -> int:

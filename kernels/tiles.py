@@ -175,6 +175,14 @@ def as_entry(shape: Shape, tiling: Tiling, us: float) -> dict:
     return asdict(shape) | {"us": round(us, 3), "tiling": asdict(tiling)}
 
 
+def earlier_runs(old: dict, origin: dict) -> dict:
+    """What a table that keeps entries of an old one says beside its own run's origin: `earlier`, the runs that those are
+    of, and whether some were chosen `in_step`."""
+    runs = [*old.get("earlier", []), {key: old[key] for key in origin if key in old}]
+    told = {"earlier": [run for run in runs if run and run != origin], "in_step": old.get("in_step")}
+    return {key: value for key, value in told.items() if value}
+
+
 def write_table(path: Path, header: dict, entries: list[dict]) -> None:
     """A table file: what is said of it, then an entry a line."""
     rows = ",\n".join(json.dumps(entry) for entry in entries)

@@ -1,8 +1,8 @@
 """`python -m kernels tune`: searches tilings on this GPU and writes its table.
 
-The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink; each candidate is
-timed whole, cold, in a CUDA graph; those of short calls as they occur, behind a linear. A run that is cut short goes on
-where it stopped. It knows tilings and shapes, no kernel code.
+The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink, then the next
+shrinks with that expand; each candidate is timed whole, cold, in a CUDA graph; those of short calls as they occur, behind
+a linear. A run that is cut short goes on where it stopped. It knows tilings and shapes, no kernel code.
 """
 
 from __future__ import annotations
@@ -29,15 +29,19 @@ from kernels.launch import Launch
 from kernels.measured import provenance
 from kernels.precompile import compile_all
 from kernels.target import device_name, processors
-from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, entry_shape, load, neighbours, write_table
+from kernels.tiles import FOLDER, FORMS, Shape, Tiling, as_entry, earlier_runs, entry_shape, load, neighbours, write_table
 from kernels.timing import NOISE_US, Point, World, in_turn
 
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
-FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
+FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 64, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
 COARSE = (8, 64, 512, 4096)
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
+EXPAND = ("expand_rows", "n_block", "span", "expand_warps", "expand_stages")
+"""What a tiling of two launches says of its second."""
+ONCE_MORE = 4
+"""So many shrinks are timed again with the best expand."""
 NEAREST = 2
 """Of each form so many tilings of the nearest shapes are tried."""
 COLD = 80 << 20
@@ -75,23 +79,28 @@ def _point(shape: Shape) -> Point:
     return Point("tune", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank, skew)
 
 
+def _may_be_uneven(shape: Shape) -> bool:
+    """Whether steps of this shape can have unequal shares, those of few rows beside equal ones."""
+    return shape.uneven or 1 < shape.adapters < shape.tokens < LONG
+
+
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
-    """Row-tile heights worth trying for this many rows an adapter; lower ones too where most adapters have fewer."""
-    per_adapter = shape.tokens / shape.adapters
-    if shape.uneven and per_adapter > 128:
-        return (32, 64, 128) if shape.rank <= 128 else (32, 64)
-    for bound, rows in ((16, (16,)), (48, (16, 32)), (128, (32, 64))):
-        if per_adapter <= bound:
-            return rows
-    return (64, 128) if shape.rank <= 128 else (32, 64)
+    """Row-tile heights worth trying: for this many rows an adapter, lower ones where most adapters have fewer, and a higher
+    one where one adapter may have most of a short step's rows."""
+    per_adapter, short = shape.tokens / shape.adapters, shape.tokens < LONG
+    wide = (32, 64, 128) if shape.uneven or short else (64, 128)
+    heights = next((rows for bound, rows in ((16, (16,)), (48, (16, 32)), (128, (32, 64))) if per_adapter <= bound), wide)
+    if short and _may_be_uneven(shape):
+        heights = (*heights, 2 * heights[-1])
+    return tuple(rows for rows in heights if rows <= (128 if shape.rank <= 128 else 64))
 
 
 def shrinks(shape: Shape) -> Iterator[Tiling]:
     """Candidates for the shrink, with a middling expand: few splits where v's planes would cost much, and as many
-    programs as pull the factors without queueing. Of unequal shares a few row tiles more than the processors hold would
-    make a second wave: then five or six parts may do where eight do not."""
+    programs as pull the factors without queueing. Where shares may be unequal, a few row tiles more than the processors
+    hold would make a second wave: then five to seven parts may do where eight do not."""
     most_split = max(2, min(32, 16384 // shape.tokens))
-    splits = (1, 2, 3, 4, 5, 6, 8, 16, 32) if shape.uneven else (1, 2, 3, 4, 8, 16, 32)
+    splits = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if _may_be_uneven(shape) else (1, 2, 3, 4, 8, 16, 32)
     for rows in _row_tiles(shape):
         span, n_block = (8, 128) if shape.tokens >= 1024 else (1, 256 if rows <= 32 and shape.rank < 128 else 128)
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
@@ -117,10 +126,11 @@ def unders(shape: Shape) -> Iterator[Tiling]:
     covered."""
     if shape.tokens >= LONG:
         return
+    splits = (1, 2, 3, 4, 5, 6, 8, 16) if _may_be_uneven(shape) else (1, 2, 4, 8, 16)
     for rows in _row_tiles(shape):
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
         n_block = 128 if shape.rank <= 64 else 64
-        for k_block, split in product((128, 256, 512), (1, 2, 4, 8, 16)):
+        for k_block, split in product((128, 256, 512), splits):
             steps = -(-shape.d_in // (k_block * split))
             once, empty = steps == 1, (split - 1) * steps * k_block >= shape.d_in
             for rank_block in {max(16, shape.rank // parts) for parts in (1, 2, 4)}:
@@ -227,6 +237,16 @@ class Search:
                 found += candidates(self.shape, min(timed, key=lambda tiling: (timed[tiling], self.far.get(tiling, inf))))
         return found
 
+    def third(self) -> list[Tiling]:
+        """The best few shrinks with the expand that was the best beside one of them, where those are two launches."""
+        best = self.best
+        if best.form != "two":
+            return []
+        expand = {name: getattr(best, name) for name in EXPAND}
+        apart = {replace(tiling, **expand): us for tiling, us in self.timed.items() if tiling.form == "two" and us < inf}
+        fair = [tiling for tiling in sorted(apart, key=apart.get) if tiling not in self.timed]
+        return fair[:ONCE_MORE]
+
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
         """Every kernel that timing the candidates needs."""
         strides = self.shape.d_in, sum(self.shape.widths)
@@ -238,7 +258,7 @@ class Search:
         shape = self.shape
         point = _point(shape)
         worlds = [World(point, cold_bytes=COLD)]
-        if 1 < shape.adapters < shape.tokens < LONG:  # equal shares can fill row tiles and processors by luck
+        if not shape.uneven and _may_be_uneven(shape):  # equal shares can fill row tiles and processors by luck
             worlds.append(World(replace(point, skew="skew60"), cold_bytes=COLD))
         for tiling in candidates:
             if tiling not in self.timed:
@@ -267,7 +287,7 @@ class Search:
 
     def finish(self) -> dict:
         """The table's entry: the fastest tiling that passes the check against float32, measured again."""
-        world = self.time(self.second())
+        world = self.time(self.third())
         while not (error := world.error(partial(self._alone, self.best))) < 1e-2:  # NaN is wrong too
             print(f"wrong: {self.shape} {self.best}: error {error:.1e}", file=sys.stderr)
             self.timed[self.best] = inf
@@ -293,8 +313,8 @@ def tune(
     """
     path = path or FOLDER / f"{device_name()}.json"
     known = load(path) if path.exists() else {}
-    kept = json.loads(path.read_text())["entries"] if known else []
-    entries = {entry_shape(entry): entry for entry in kept}
+    old = json.loads(path.read_text()) if known else {"entries": []}
+    entries = {entry_shape(entry): entry for entry in old["entries"]}
     stands = {shape for shape, entry in entries.items() if entry.get("in_step")}
     wanted = [shape for shape in shapes() if shape not in known or (again and again(shape) and shape not in stands)]
     own = {shape: [known[shape]] if shape in known else [] for shape in wanted}
@@ -303,12 +323,13 @@ def tune(
     start = time.monotonic()
     for i in range(0, len(searches), GROUP):
         group = searches[i : i + GROUP]
-        compile_all([launch for s in group for launch in s.launches(s.first())])
-        for search in group:
-            search.time(search.first())
-        compile_all([launch for s in group for launch in s.launches(s.second())])
+        for stage in (Search.first, Search.second):
+            compile_all([launch for s in group for launch in s.launches(stage(s))])
+            for search in group:
+                search.time(stage(search))
+        compile_all([launch for s in group for launch in s.launches(s.third())])
         entries |= {search.shape: search.finish() for search in group}
-        _write(path, list(entries.values()))
+        _write(path, old, list(entries.values()))
         spent = time.monotonic() - start
         print(f"{spent:4.0f} s: {i + len(group)} of {len(searches)} shapes", file=sys.stderr)
         if spent > budget_s:
@@ -317,11 +338,12 @@ def tune(
     return path
 
 
-def _write(path: Path, entries: list[dict]) -> None:
-    """The table with its provenance."""
-    header = provenance("python -m kernels tune") | {
+def _write(path: Path, old: dict, entries: list[dict]) -> None:
+    """The table with its provenance, and what the old one says of its own."""
+    origin = provenance("python -m kernels tune")
+    header = origin | {
         "what": f"fastest tiling per shape: under {LONG} tokens behind a linear, `ready` ones while it runs, then back to "
         "back; the former by the product of its times with equal shares and with 60 % on one adapter; us: one call so, "
         "with equal shares where it is short, CUDA-graph replay, weights cold in L2",
     }
-    write_table(path, header, entries)
+    write_table(path, header | earlier_runs(old, origin), entries)

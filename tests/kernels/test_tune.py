@@ -1,5 +1,8 @@
 """The search for tilings: what it tries for each shape, and in which order. Nothing is timed."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from kernels import tune
@@ -29,6 +32,25 @@ def test_the_second_stage_keeps_the_best_shrink_of_every_form():
         assert (tiling.k_block, tiling.split, tiling.rank_block) == (like.k_block, like.split, like.rank_block)
     widths = {tiling.n_block for tiling in search.second() if tiling.form == "under"}
     assert len(widths) > 2
+
+
+def test_the_third_stage_tries_the_next_shrinks_with_the_best_expand():
+    search = tune.Search(Shape(*SQUARE, 64, 256, 8))
+    search.timed = {tiling: float(i + 1) for i, tiling in enumerate(search.first())}
+    two = [tiling for tiling in search.timed if tiling.form == "two"]
+    search.timed[best := replace(two[0], n_block=64, expand_warps=8)] = 0.5
+    like = {"n_block": 64, "expand_warps": 8, "expand_rows": best.expand_rows}
+    assert search.third() == [replace(tiling, **like) for tiling in two[1:5]]
+    search.timed[next(tiling for tiling in search.timed if tiling.form == "under")] = 0.1
+    assert not search.third(), "its halves are one launch"
+
+
+def test_short_steps_whose_shares_may_be_unequal_have_more_parts_and_a_higher_row_tile():
+    one, several = (Shape(*SQUARE, 128, 256, adapters) for adapters in (1, 8))
+    assert {t.split for t in tune.shrinks(several)} - {t.split for t in tune.shrinks(one)} >= {5, 6, 7}
+    assert tune._row_tiles(several) == (16, 32, 64)
+    assert tune._row_tiles(one) == (32, 64, 128)
+    assert tune._row_tiles(Shape(*SQUARE, 64, 8, 8)) == (16,), "a row each"
 
 
 def test_a_form_that_is_not_asked_for_is_not_tried():
@@ -70,7 +92,8 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
     shapes = [Shape(*SQUARE, 64, tokens, 8) for tokens in (8, 16, 32)]
     path = tmp_path / "a-gpu.json"
     entries = [tune.as_entry(shape, Tiling(), 4.0) for shape in shapes[:2]]
-    tune.write_table(path, {"device": "a GPU"}, [entries[0] | {"in_step": True}, entries[1]])
+    before = {"command": "a run before", "in_step": {"runs": []}}
+    tune.write_table(path, before, [entries[0] | {"in_step": True}, entries[1]])
     searched, to_beat = [], []
 
     class Search(tune.Search):
@@ -78,6 +101,9 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
             return []
 
         def second(self):
+            return []
+
+        def third(self):
             return []
 
         def time(self, candidates):
@@ -95,6 +121,8 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
     tune.tune(path, again=lambda shape: True)
     assert searched == shapes[1:]
     assert to_beat == [[Tiling(), Tiling(split=2)], [Tiling(split=2)]], "the file's own, and the device's neighbours"
+    told = json.loads(path.read_text())
+    assert (told["earlier"], told["in_step"]) == ([{"command": "a run before"}], {"runs": []})
     assert [tiling.form for tiling in tune.load(path).values()] == ["two", "under", "under"]
 
 
