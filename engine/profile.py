@@ -277,8 +277,9 @@ class Run:
         """Where the numbers come from."""
         facts = self.facts
         versions = ", ".join(f"{name} {facts['device'][name]}" for name in ("torch", "triton", "transformers") if facts)
+        gpu = {name: facts["device"][name] for name in ("gpu",) if name in facts["device"]}
         return {
-            "device": facts["device"]["name"], "date": facts["date"],
+            "device": facts["device"]["name"], **gpu, "date": facts["date"],
             "versions": f"{versions}, CUDA {facts['device']['cuda']}",
             "command": "python -m engine profile " + shlex.join(self.args.words[1:]), "rows": len(self.rows),
             "weights": facts["weights"], "limits": facts["limits"], "tiles_sha256": facts["tiles_sha256"],

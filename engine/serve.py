@@ -305,10 +305,12 @@ def describe_model(model: Model) -> dict:
 
 
 def describe_device(device: torch.device) -> dict:
-    """Facts for the record."""
+    """Facts for the record. gpu: the beginning of the card's UUID, since two of one name differ by some percent."""
     import transformers
     import triton
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}
-    return {"name": name, "cuda": torch.version.cuda, **versions}
+    known = {"name": "cpu", "cuda": torch.version.cuda}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        known |= {"name": properties.name, "gpu": str(properties.uuid)[:8]}
+    return known | {"torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__}

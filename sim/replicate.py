@@ -144,11 +144,19 @@ def replicated(record: RunResult, profile: Profile, trace_path: str | None, good
     if error_bars:
         add_error_bars(simulated, trace, policy, profile, config, goodput)
     simulated.details["predicted"] = predicted(record, profile, config, policy, trace)
-    if record.config["profile"]["sha256"] != profile.sha256:
-        simulated.config["notes"].append(
-            f"the engine's policies predicted with the profile {record.config['profile']['name']}, these with {profile.name}"
-        )
+    simulated.config["notes"] += _differences(record.config, profile)
     return simulated
+
+
+def _differences(engine: Mapping, profile: Profile) -> list[str]:
+    """What an error may be owed to, for the reader: another profile under the engine's policies, another card."""
+    notes, theirs = [], engine["profile"]
+    if theirs["sha256"] != profile.sha256:
+        notes.append(f"the engine's policies predicted with the profile {theirs['name']}, these with {profile.name}")
+    ran, measured = engine["engine"]["device"].get("gpu"), profile.provenance.get("gpu")
+    if ran and measured and ran != measured:
+        notes.append(f"the engine's GPU, {ran}, is not the profile's, {measured}: such a pair can differ by some percent")
+    return notes
 
 
 def predicted(record: RunResult, profile: Profile, config: SimConfig, policy: Policy, trace: Trace) -> dict[str, np.ndarray]:

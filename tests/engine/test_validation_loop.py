@@ -115,6 +115,22 @@ def test_a_mocked_engine_is_replicated_to_the_last_digit(engine_results, profile
     assert kinds >= {"decode, further steps", "decode, first of a lease", "with prompts", "with a switch"}
 
 
+def test_another_gpu_than_the_profiles_is_told(engine_results, profile_file, capsys):
+    from analysis.validate import pairs, report
+
+    engine = engine_results()
+    for gpu, told in (("0badcafe", False), ("feedface", True)):
+        profile_file.write_text(json.dumps(json.loads(profile_file.read_text()) | {"provenance": {"gpu": "0badcafe"}}))
+        document = json.loads((engine / "summary.json").read_text())
+        for entry in document["policies"].values():
+            entry["config"]["engine"]["device"] = {"name": "NVIDIA H200", "gpu": gpu}
+        (engine / "summary.json").write_text(json.dumps(document))
+        replicate(engine, profile_file, "--no-error-bars", "--overwrite")
+        text = report(pairs([str(engine)], []))
+        assert ("the engine's GPU, feedface, is not the profile's, 0badcafe" in text) is told
+        assert "predicted with the profile" in text, "its provenance has changed"
+
+
 def test_a_closed_loop_is_replicated_too(engine_results, profile_file):
     from analysis.validate import pairs
     from traces.record import REQUEST_COLUMNS
