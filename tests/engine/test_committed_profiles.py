@@ -34,7 +34,7 @@ def test_a_committed_profile_follows_from_its_rows(rows, tmp_path):
                              operators_of(file.facts["model"]))  # fmt: skip
     assert file.facts["device"]["name"] == committed["provenance"]["device"] == "NVIDIA H200"
     assert len(file.rows) == committed["provenance"]["rows"]
-    assert len(steps) == (9 if rows.name == "h200-llava-1.5-7b.rows.jsonl" else 10)
+    assert len(steps) == 10
     ours, theirs = flat(json.loads(json.dumps(made))), flat(committed)
     assert ours.keys() == theirs.keys()
     for place, value in theirs.items():

