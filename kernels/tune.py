@@ -35,7 +35,7 @@ from kernels.timing import NOISE_US, Point, World, in_turn
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 ADAPTERS = (1, 4, 8, 16, 32)
 FEWER_TOKENS, FEWER_ADAPTERS = (1, 8, 32, 64, 128, 256, 512, 1024, 4096, 16384), (1, 8, 32)
-COARSE = (8, 64, 512, 4096)
+SOME, COARSE = (8, 32, 64, 256, 1024, 4096), (8, 64, 512, 4096)
 FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
 EXPAND = ("expand_rows", "n_block", "span", "expand_warps", "expand_stages")
@@ -64,6 +64,7 @@ def shapes() -> list[Shape]:
     grid = [(*SQUARE, 64, t, n) for t in TOKENS for n in ADAPTERS]
     grid += [(*SQUARE, 128, t, n) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
     grid += [(*LAYERS[0], 64, t, n) for t in TOKENS for n in FEWER_ADAPTERS]
+    grid += [(*LAYERS[0], rank, t, n) for rank in (16, 128) for t in SOME for n in FEWER_ADAPTERS]
     grid += [(*SQUARE, rank, t, n) for rank in (16, 32) for t in FEWER_TOKENS for n in FEWER_ADAPTERS]
     grid += [(*SQUARE, rank, t, 4) for rank in (16, 32, 128) for t in FEWER_TOKENS]
     grid += [(*layer, 64, t, n) for layer in LAYERS for t in COARSE for n in (1, 8)]
