@@ -17,7 +17,7 @@ from analysis import claims, page
 from analysis.compare import summaries
 from analysis.draw import FIGURES, Inputs, draw, possible
 from analysis.routers import read as read_capacity
-from analysis.style import KINDS
+from analysis.style import KINDS, png_alone
 from analysis.sweep_data import panels, text, varying
 from traces.replication import mean_ci95
 from traces.result_files import ResultError, read_summary
@@ -226,7 +226,7 @@ def _figures(paths: Sequence[str | Path], inputs: Inputs, where: Sequence[str]) 
                 parts.append(page.paragraph(f"{FIGURES[name].title}: not drawn, {error}."))
     if not names:
         return parts or [page.paragraph("Nothing to draw.")]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, png_alone():
         for name, files in draw(paths, folder, names, where).items():
             by_end = {path.suffix: path for path in files}
             lines = by_end[".csv"].read_text(encoding="utf-8").splitlines()

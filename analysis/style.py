@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from traces.whole_file import replace_bytes
@@ -46,6 +47,10 @@ KINDS = {
 }
 """What is said of a profile's kind."""
 GRID = {"color": "#DDDDDD", "linewidth": 0.6}
+UNTOLD = {".png": {"Software": None}, ".svg": {"Date": None}}
+"""Kinds of image, and the metadata that each leaves out, so that equal figures are equal files."""
+_IMAGES = ContextVar("images", default=tuple(UNTOLD))
+"""The kinds that `save` writes."""
 
 
 @contextmanager
@@ -137,13 +142,13 @@ def plain_log(axis) -> None:
 
 
 def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) -> list[Path]:
-    """Write PNG, SVG and CSV, each in one piece. Returns the paths."""
+    """Write PNG, SVG (but for `png_alone`) and CSV, each in one piece. Returns the paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     _settle(figure)
     paths = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+    for suffix in _IMAGES.get():
         image = io.BytesIO()
-        figure.savefig(image, format=suffix[1:], dpi=160, metadata=metadata)
+        figure.savefig(image, format=suffix[1:], dpi=160, metadata=UNTOLD[suffix])
         content = _of_few_colours(image) if suffix == ".png" else image.getvalue()
         paths.append(replace_bytes(stem.with_suffix(suffix), content))
     text = io.StringIO()
@@ -152,6 +157,16 @@ def save(figure, numbers: Iterable[tuple], header: tuple[str, ...], stem: Path) 
     rows.writerows(tuple(format(x, ".10g") if isinstance(x, float) else x for x in row) for row in numbers)
     paths.append(replace_bytes(stem.with_suffix(".csv"), text.getvalue().encode()))
     return paths
+
+
+@contextmanager
+def png_alone() -> Iterator[None]:
+    """Figures saved within have no SVG, which takes as long to draw as the PNG."""
+    token = _IMAGES.set((".png",))
+    try:
+        yield
+    finally:
+        _IMAGES.reset(token)
 
 
 def _of_few_colours(image: io.BytesIO) -> bytes:
