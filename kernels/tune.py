@@ -40,8 +40,8 @@ FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
 EXPAND = ("expand_rows", "n_block", "span", "expand_warps", "expand_stages")
 """What a tiling of two launches says of its second."""
-ONCE_MORE = 4
-"""So many shrinks are timed again with the best expand."""
+ONCE_MORE, DEEPENED, DEEPER = 4, 2, (5, 8)
+"""So many shrinks are timed again with the best expand, so many of them and the best with so many stages."""
 NEAREST = 2
 """Of each form so many tilings of the nearest shapes are tried."""
 COLD = 80 << 20
@@ -202,6 +202,15 @@ def stream_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
                 yield replace(best, **tile, expand_warps=warps)
 
 
+def deeper(shape: Shape, tiling: Tiling) -> Iterator[Tiling]:
+    """The same with more loads under way in the shrink's loop, which waits for memory where a step has few programs."""
+    steps = -(-shape.d_in // (tiling.k_block * tiling.split))
+    for stages in DEEPER:
+        size = stages * tiling.k_block * (min(tiling.rank_block, shape.rank) + tiling.rows)
+        if tiling.stages < stages <= steps + 1 and size <= 106496:
+            yield replace(tiling, stages=stages)
+
+
 def ones(shape: Shape) -> Iterator[Tiling]:
     """Candidates for the one-launch form: only where row tiles alone fill the GPU, and v fits in registers."""
     if shape.tokens < 8192 or shape.rank * len(shape.widths) > 256:
@@ -239,14 +248,15 @@ class Search:
         return found
 
     def third(self) -> list[Tiling]:
-        """The best few shrinks with the expand that was the best beside one of them, where those are two launches."""
+        """The best few shrinks with the expand that was the best beside one of them, where those are two launches, and the
+        very best of these with more of their columns under way."""
         best = self.best
         if best.form != "two":
             return []
         expand = {name: getattr(best, name) for name in EXPAND}
         apart = {replace(tiling, **expand): us for tiling, us in self.timed.items() if tiling.form == "two" and us < inf}
-        fair = [tiling for tiling in sorted(apart, key=apart.get) if tiling not in self.timed]
-        return fair[:ONCE_MORE]
+        fair = [best, *(tiling for tiling in sorted(apart, key=apart.get) if tiling not in self.timed)][: 1 + ONCE_MORE]
+        return [*fair[1:], *(deep for tiling in fair[: 1 + DEEPENED] for deep in deeper(self.shape, tiling))]
 
     def launches(self, candidates: list[Tiling]) -> list[Launch]:
         """Every kernel that timing the candidates needs."""

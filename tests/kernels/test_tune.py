@@ -40,9 +40,22 @@ def test_the_third_stage_tries_the_next_shrinks_with_the_best_expand():
     two = [tiling for tiling in search.timed if tiling.form == "two"]
     search.timed[best := replace(two[0], n_block=64, expand_warps=8)] = 0.5
     like = {"n_block": 64, "expand_warps": 8, "expand_rows": best.expand_rows}
-    assert search.third() == [replace(tiling, **like) for tiling in two[1:5]]
+    again = [replace(tiling, **like) for tiling in two[1:5]]
+    assert search.third()[:4] == again
+    deep = search.third()[4:]
+    assert {replace(tiling, stages=3) for tiling in deep} <= {best, *again[:2]}
+    assert all(3 < tiling.stages <= 1 + 4096 // (tiling.k_block * tiling.split) for tiling in deep)
     search.timed[next(tiling for tiling in search.timed if tiling.form == "under")] = 0.1
     assert not search.third(), "its halves are one launch"
+
+
+def test_a_loop_gets_no_more_stages_than_it_has_steps_or_memory():
+    shape = Shape(*SQUARE, 128, 256, 1)
+    stages = lambda **sizes: [t.stages for t in tune.deeper(shape, Tiling(rows=32, stages=3, **sizes))]  # noqa: E731
+    assert stages(k_block=128, split=4, rank_block=32) == [5, 8], "8 steps of 16 KB"
+    assert stages(k_block=128, split=8, rank_block=32) == [5], "4 steps"
+    assert stages(k_block=128, split=4, rank_block=128) == [5], "40 KB each"
+    assert stages(k_block=512, split=8, rank_block=32) == [], "one step"
 
 
 def test_short_steps_whose_shares_may_be_unequal_have_more_parts_and_a_higher_row_tile():
