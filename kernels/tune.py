@@ -40,8 +40,10 @@ FAR = 1.2
 """A candidate that is slower than the best by more than this factor is timed no further."""
 EXPAND = ("expand_rows", "n_block", "span", "expand_warps", "expand_stages")
 """What a tiling of two launches says of its second."""
-ONCE_MORE, DEEPENED, DEEPER = 4, 2, (5, 8)
-"""So many shrinks are timed again with the best expand, so many of them and the best with so many stages."""
+ONCE_MORE, DEEPENED = 4, 2
+"""So many shrinks are timed again with the best expand, so many of them and the best with more stages."""
+SHARED_NUMBERS = 108_000
+"""16-bit numbers that a program's shared memory holds."""
 NEAREST = 2
 """Of each form so many tilings of the nearest shapes are tried."""
 COLD = 80 << 20
@@ -202,13 +204,14 @@ def stream_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
                 yield replace(best, **tile, expand_warps=warps)
 
 
-def deeper(shape: Shape, tiling: Tiling) -> Iterator[Tiling]:
-    """The same with more loads under way in the shrink's loop, which waits for memory where a step has few programs."""
+def deeper(shape: Shape, tiling: Tiling) -> list[Tiling]:
+    """The same with more loads under way in the shrink's loop, which waits for memory where a step has few programs: as many
+    as it has steps and memory for (Triton keeps a block less than stages), and half way there."""
     steps = -(-shape.d_in // (tiling.k_block * tiling.split))
-    for stages in DEEPER:
-        size = stages * tiling.k_block * (min(tiling.rank_block, shape.rank) + tiling.rows)
-        if tiling.stages < stages <= steps + 1 and size <= 106496:
-            yield replace(tiling, stages=stages)
+    room = SHARED_NUMBERS // (tiling.k_block * (min(tiling.rank_block, shape.rank) + tiling.rows))
+    most = 1 + min(steps, room, 8)
+    return [replace(tiling, stages=stages) for stages in sorted({most, (tiling.stages + most + 1) // 2} - {tiling.stages})
+            if tiling.stages < stages]  # fmt: skip
 
 
 def ones(shape: Shape) -> Iterator[Tiling]:

@@ -52,10 +52,10 @@ def test_the_third_stage_tries_the_next_shrinks_with_the_best_expand():
 def test_a_loop_gets_no_more_stages_than_it_has_steps_or_memory():
     shape = Shape(*SQUARE, 128, 256, 1)
     stages = lambda **sizes: [t.stages for t in tune.deeper(shape, Tiling(rows=32, stages=3, **sizes))]  # noqa: E731
-    assert stages(k_block=128, split=4, rank_block=32) == [5, 8], "8 steps of 16 KB"
-    assert stages(k_block=128, split=8, rank_block=32) == [5], "4 steps"
-    assert stages(k_block=128, split=4, rank_block=128) == [5], "40 KB each"
-    assert stages(k_block=512, split=8, rank_block=32) == [], "one step"
+    assert stages(k_block=128, split=4, rank_block=32) == [6, 9], "8 blocks of 16 KB"
+    assert stages(k_block=128, split=8, rank_block=32) == [4, 5], "4 blocks"
+    assert stages(k_block=128, split=2, rank_block=128) == [5, 6], "40 KB each"
+    assert not stages(k_block=512, split=8, rank_block=32), "one step"
 
 
 def test_short_steps_whose_shares_may_be_unequal_have_more_parts_and_a_higher_row_tile():
