@@ -205,13 +205,18 @@ def stream_expands(shape: Shape, best: Tiling) -> Iterator[Tiling]:
 
 
 def deeper(shape: Shape, tiling: Tiling) -> list[Tiling]:
-    """The same with more loads under way in the shrink's loop, which waits for memory where a step has few programs: as many
-    as it has steps and memory for (Triton keeps a block less than stages), and half way there."""
-    steps = -(-shape.d_in // (tiling.k_block * tiling.split))
-    room = SHARED_NUMBERS // (tiling.k_block * (min(tiling.rank_block, shape.rank) + tiling.rows))
-    most = 1 + min(steps, room, 8)
-    return [replace(tiling, stages=stages) for stages in sorted({most, (tiling.stages + most + 1) // 2} - {tiling.stages})
-            if tiling.stages < stages]  # fmt: skip
+    """The same with more loads under way in the loop of the shrink, or of the expand: they wait for memory where a step has
+    few programs."""
+    rank_block, steps = min(tiling.rank_block, shape.rank), -(-shape.d_in // (tiling.k_block * tiling.split))
+    shrink = _more_stages(tiling.stages, steps, tiling.k_block * (rank_block + tiling.rows))
+    expand = _more_stages(tiling.expand_stages, tiling.span, tiling.n_block * (shape.rank + tiling.expand_rows))
+    return [replace(tiling, stages=n) for n in shrink] + [replace(tiling, expand_stages=n) for n in expand]
+
+
+def _more_stages(stages: int, steps: int, block: int) -> list[int]:
+    """As many stages as a loop has steps and memory for (Triton keeps a block less than stages), and half way there."""
+    most = 1 + min(steps, SHARED_NUMBERS // block, 8)
+    return [more for more in sorted({most, (stages + most + 1) // 2}) if more > stages]
 
 
 def ones(shape: Shape) -> Iterator[Tiling]:

@@ -56,6 +56,8 @@ def test_a_loop_gets_no_more_stages_than_it_has_steps_or_memory():
     assert stages(k_block=128, split=8, rank_block=32) == [4, 5], "4 blocks"
     assert stages(k_block=128, split=2, rank_block=128) == [5, 6], "40 KB each"
     assert not stages(k_block=512, split=8, rank_block=32), "one step"
+    spans = [(t.stages, t.expand_stages) for t in tune.deeper(shape, Tiling(k_block=512, split=8, span=8, expand_rows=64))]
+    assert spans == [(3, 4), (3, 5)], "the expand's loop, 48 KB each"
 
 
 def test_short_steps_whose_shares_may_be_unequal_have_more_parts_and_a_higher_row_tile():
