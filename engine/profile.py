@@ -277,7 +277,7 @@ class Run:
         """Where the numbers come from."""
         facts = self.facts
         versions = ", ".join(f"{name} {facts['device'][name]}" for name in ("torch", "triton", "transformers") if facts)
-        gpu = {name: facts["device"][name] for name in ("gpu",) if name in facts["device"]}
+        gpu = {"gpu": facts["device"]["gpu"]} if "gpu" in facts["device"] else {}
         return {
             "device": facts["device"]["name"], **gpu, "date": facts["date"],
             "versions": f"{versions}, CUDA {facts['device']['cuda']}",

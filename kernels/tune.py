@@ -1,8 +1,8 @@
 """`python -m kernels tune`: searches tilings on this GPU and writes its table.
 
 The search is staged: the shrink's tiles with a fixed expand, then the expand's with the best shrink, then the next
-shrinks with that expand; each candidate is timed whole, cold, in a CUDA graph; those of short calls as they occur, behind
-a linear. A run that is cut short goes on where it stopped. It knows tilings and shapes, no kernel code.
+shrinks with that expand, and deeper loops; each candidate is timed whole, cold, in a CUDA graph; those of short calls as
+they occur, behind a linear. A run that is cut short goes on where it stopped. It knows tilings and shapes, no kernel code.
 """
 
 from __future__ import annotations
@@ -82,18 +82,18 @@ def _point(shape: Shape) -> Point:
     return Point("tune", shape.d_in, shape.widths, shape.tokens, shape.adapters, shape.rank, skew)
 
 
-def _may_be_uneven(shape: Shape) -> bool:
-    """Whether steps of this shape can have unequal shares, those of few rows beside equal ones."""
-    return shape.uneven or 1 < shape.adapters < shape.tokens < LONG
+def _either(shape: Shape) -> bool:
+    """Whether one entry stands for steps of equal and of unequal shares, as where few rows have several adapters."""
+    return 1 < shape.adapters < shape.tokens < LONG
 
 
 def _row_tiles(shape: Shape) -> tuple[int, ...]:
     """Row-tile heights worth trying: for this many rows an adapter, lower ones where most adapters have fewer, and a higher
     one where one adapter may have most of a short step's rows."""
-    per_adapter, short = shape.tokens / shape.adapters, shape.tokens < LONG
-    wide = (32, 64, 128) if shape.uneven or short else (64, 128)
+    per_adapter = shape.tokens / shape.adapters
+    wide = (32, 64, 128) if shape.uneven or shape.tokens < LONG else (64, 128)
     heights = next((rows for bound, rows in ((16, (16,)), (48, (16, 32)), (128, (32, 64))) if per_adapter <= bound), wide)
-    if short and _may_be_uneven(shape):
+    if _either(shape):
         heights = (*heights, 2 * heights[-1])
     return tuple(rows for rows in heights if rows <= (128 if shape.rank <= 128 else 64))
 
@@ -103,7 +103,7 @@ def shrinks(shape: Shape) -> Iterator[Tiling]:
     programs as pull the factors without queueing. Where shares may be unequal, a few row tiles more than the processors
     hold would make a second wave: then five to seven parts may do where eight do not."""
     most_split = max(2, min(32, 16384 // shape.tokens))
-    splits = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if _may_be_uneven(shape) else (1, 2, 3, 4, 8, 16, 32)
+    splits = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32) if shape.uneven or _either(shape) else (1, 2, 3, 4, 8, 16, 32)
     for rows in _row_tiles(shape):
         span, n_block = (8, 128) if shape.tokens >= 1024 else (1, 256 if rows <= 32 and shape.rank < 128 else 128)
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
@@ -129,7 +129,7 @@ def unders(shape: Shape) -> Iterator[Tiling]:
     covered."""
     if shape.tokens >= LONG:
         return
-    splits = (1, 2, 3, 4, 5, 6, 8, 16) if _may_be_uneven(shape) else (1, 2, 4, 8, 16)
+    splits = (1, 2, 3, 4, 5, 6, 8, 16) if _either(shape) else (1, 2, 4, 8, 16)
     for rows in _row_tiles(shape):
         tiles = LoraBatch.tile_bound(rows, shape.tokens, shape.adapters) * len(shape.widths)
         n_block = 128 if shape.rank <= 64 else 64
@@ -257,9 +257,9 @@ class Search:
 
     def third(self) -> list[Tiling]:
         """The best few shrinks with the expand that was the best beside one of them, where those are two launches, and the
-        very best of these with more of their columns under way."""
+        very best of these with deeper loops."""
         best = self.best
-        if best.form != "two":
+        if best.form != "two" or "two" not in self.forms:
             return []
         expand = {name: getattr(best, name) for name in EXPAND}
         apart = {replace(tiling, **expand): us for tiling, us in self.timed.items() if tiling.form == "two" and us < inf}
@@ -272,17 +272,17 @@ class Search:
         known = {"dtype": torch.bfloat16, "mixture": False, "strides": strides}
         return [launch for tiling in candidates for launch in resolve(self.shape, tiling, **known)]
 
-    def time(self, candidates: list[Tiling]) -> World:
-        """Time what is new among the candidates; the first world they were timed in."""
-        shape = self.shape
-        point = _point(shape)
+    def time(self, candidates: list[Tiling]) -> None:
+        """Time what is new among the candidates."""
+        new = [tiling for tiling in dict.fromkeys(candidates) if tiling not in self.timed]
+        if not new:
+            return
+        point = _point(self.shape)
         worlds = [World(point, cold_bytes=COLD)]
-        if not shape.uneven and _may_be_uneven(shape):  # equal shares can fill row tiles and processors by luck
+        if _either(self.shape):  # equal shares can fill row tiles and processors by luck
             worlds.append(World(replace(point, skew="skew60"), cold_bytes=COLD))
-        for tiling in candidates:
-            if tiling not in self.timed:
-                self.timed[tiling] = self._product(worlds, tiling)
-        return worlds[0]
+        for tiling in new:
+            self.timed[tiling] = self._product(worlds, tiling)
 
     def _product(self, worlds: list[World], tiling: Tiling) -> float:
         """Product of the times in all worlds; infinite if it does not fit, or is far behind the best in the first."""
@@ -306,7 +306,7 @@ class Search:
 
     def finish(self) -> dict:
         """The table's entry: the fastest tiling that passes the check against float32, measured again."""
-        world = self.time(self.third())
+        world = World(_point(self.shape), cold_bytes=COLD)
         while not (error := world.error(partial(self._alone, self.best))) < 1e-2:  # NaN is wrong too
             print(f"wrong: {self.shape} {self.best}: error {error:.1e}", file=sys.stderr)
             self.timed[self.best] = inf
@@ -342,11 +342,10 @@ def tune(
     start = time.monotonic()
     for i in range(0, len(searches), GROUP):
         group = searches[i : i + GROUP]
-        for stage in (Search.first, Search.second):
+        for stage in (Search.first, Search.second, Search.third):
             compile_all([launch for s in group for launch in s.launches(stage(s))])
             for search in group:
                 search.time(stage(search))
-        compile_all([launch for s in group for launch in s.launches(s.third())])
         entries |= {search.shape: search.finish() for search in group}
         _write(path, old, list(entries.values()))
         spent = time.monotonic() - start

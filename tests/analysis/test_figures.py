@@ -317,3 +317,13 @@ def test_a_missing_input_is_named(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["figures", "--in", str(path), "--out", str(tmp_path / "f")])
         assert str(path) in capsys.readouterr().err
+
+
+def test_a_figure_for_a_page_has_no_svg(tmp_path):
+    from analysis.style import png_alone, save, sheet
+
+    with sheet(2, 2) as (figure, _):
+        with png_alone():
+            assert [path.name for path in save(figure, [], ("x",), tmp_path / "page")] == ["page.png", "page.csv"]
+        written = [path.suffix for path in save(figure, [], ("x",), tmp_path / "alone")]
+        assert written == [".png", ".svg", ".csv"]

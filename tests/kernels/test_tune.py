@@ -47,6 +47,20 @@ def test_the_third_stage_tries_the_next_shrinks_with_the_best_expand():
     assert all(3 < tiling.stages <= 1 + 4096 // (tiling.k_block * tiling.split) for tiling in deep)
     search.timed[next(tiling for tiling in search.timed if tiling.form == "under")] = 0.1
     assert not search.third(), "its halves are one launch"
+    beside = tune.Search(search.shape, forms=("under",))
+    beside.timed = {best: 0.1}
+    assert not beside.third(), "two launches are not asked for"
+
+
+def test_what_was_timed_is_not_timed_again(monkeypatch):
+    worlds, timed = [], []
+    monkeypatch.setattr(tune, "World", lambda point, cold_bytes: worlds.append(point.skew))
+    monkeypatch.setattr(tune.Search, "_us", lambda search, world, tiling: timed.append(tiling) or 2.0)
+    search = tune.Search(Shape(*SQUARE, 64, 32, 8))
+    search.time([Tiling(), Tiling()])
+    assert (worlds, timed, search.timed) == (["uniform", "skew60"], [Tiling()] * 2, {Tiling(): 4.0})
+    search.time([Tiling()])
+    assert len(worlds) == 2, "no world is built for nothing"
 
 
 def test_a_loop_gets_no_more_stages_than_it_has_steps_or_memory():
@@ -145,5 +159,6 @@ def test_what_was_chosen_in_steps_is_not_searched_again(tmp_path, monkeypatch):
 def test_a_search_ends_with_a_tiling_that_is_right():
     for ready in (False, True):
         search = tune.Search(Shape(512, (512,), 16, 8, 4, ready=ready))
-        search.time(search.first())
+        for stage in (search.first, search.second, search.third):
+            search.time(stage())
         assert 0 < search.finish()["us"] < 1000
