@@ -25,6 +25,8 @@ from kernels.launch import Launch, argument, layers
 from kernels.tiles import Shape, Tiling, default, lookup
 
 MAX_PLANS = 4096
+MANY_ROWS = 128
+"""Rows from which v's planes are no wider than the factors: every run of columns reads them again from L2."""
 GIVEN = ("y", "x", "a", "b")
 """Arguments that are others in each call or layer."""
 TYPES = dict.fromkeys(("route", "perm", "counts", "came", "went"), torch.int32)
@@ -177,8 +179,8 @@ def _places(t: Tiling, shape: Shape, batch: LoraBatch, *, mixture: bool) -> dict
 
 
 def planes_type(shape: Shape, dtype: torch.dtype) -> torch.dtype:
-    """Of v's planes: float32, but the factors' in LONG steps, in which every run of columns reads them again from L2."""
-    return dtype if shape.tokens >= LONG else torch.float32
+    """Of v's planes: float32, but the factors' type in steps of MANY_ROWS."""
+    return dtype if shape.tokens >= MANY_ROWS else torch.float32
 
 
 def _meeting(launch: Launch, shape: Shape, batch: LoraBatch) -> dict:

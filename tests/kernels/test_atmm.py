@@ -85,8 +85,8 @@ def test_every_form_equals_float32(form, dtype):
 
 @pytest.mark.parametrize("merged", [-1, 2])
 @pytest.mark.parametrize("form", FORMS)
-def test_long_steps_keep_v_in_the_factors_type(monkeypatch, form, merged):
-    monkeypatch.setattr(operator, "LONG", 16)
+def test_steps_of_many_rows_keep_v_in_the_factors_type(monkeypatch, form, merged):
+    monkeypatch.setattr(operator, "MANY_ROWS", 16)
     pool, batch, index, random = world(DTYPES[0])
     batch.update(index, merged)
     x, y = tensors(pool, (1, "o"), len(index), random)
