@@ -8,7 +8,7 @@ layer. The figure is the median of the replays divided by the calls. It knows op
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import median
@@ -88,7 +88,7 @@ class World:
         self.batch.update(point.index())
         self.x = torch.empty(point.tokens, point.d_in, dtype=dtype, device=device).normal_(generator=random)
         self.y = torch.empty(point.tokens, projection.d_out, dtype=dtype, device=device).normal_(generator=random)
-        self._fastest: dict[int, tuple[float, Callable]] = {}
+        self._fastest: dict[int, tuple[torch.cuda.CUDAGraph, Callable]] = {}
 
     @cached_property
     def truth(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,36 +125,43 @@ class World:
         """What one call adds where calls occur: behind the layer's linear, of cold weights, before the next one.
 
         linear: (x, weight, bias, pool, batch, key) -> y, a linear with its branches (`in_turn` of an operator that knows no
-        better way). Its time less that of the fastest linear without any.
+        better way). Its time less that of the fastest linear without any, replayed in turn: a GPU's clock follows its load
+        within milliseconds, and two times of different clocks differ by more than a call takes.
         """
 
         def pair(x: torch.Tensor, weight: torch.Tensor, i: int) -> None:
             linear(x, weight, None, self.pool, self.batch, (i % self.layers, "p"))
 
-        alone_us, _ = self._alone(calls)
-        return self._chain_us(pair, calls, replays) - alone_us
+        calls = self._calls(calls)
+        alone, _ = self._alone(calls)
+        without, added = alternated_us([alone.replay, self._chain(pair, calls).replay], replays)
+        return median(more - less for less, more in zip(without, added, strict=True)) / calls
 
     @property
     def linear(self) -> Callable:
         """The layer's linear without branches, (x, weight, bias) -> y: of those that the engine has, by itself or with
         branches behind it, the one that is faster here."""
-        return self._alone(CALLS)[1]
+        return self._alone(self._calls(CALLS))[1]
 
-    def _alone(self, calls: int) -> tuple[float, Callable]:
-        """(microseconds, linear) of the one that is faster."""
+    def _alone(self, calls: int) -> tuple[torch.cuda.CUDAGraph, Callable]:
+        """(chain, linear) of the one that is faster."""
         if calls not in self._fastest:
             ways: list[Callable] = [skinny.linear]
             if tile := skinny.tile_for(self.x, self._weights[0], branched=True):
                 ways.append(partial(skinny.run, tile=tile))
-            timed = [(self._chain_us(lambda x, weight, i, way=way: way(x, weight, None), calls, 9), way) for way in ways]
-            self._fastest[calls] = min(timed, key=lambda each: each[0])
+            chains = [self._chain(lambda x, weight, i, way=way: way(x, weight, None), calls) for way in ways]
+            took = [median(times) for times in alternated_us([chain.replay for chain in chains], 9)]
+            best = took.index(min(took))
+            self._fastest[calls] = chains[best], ways[best]
         return self._fastest[calls]
 
-    def _chain_us(self, call: Callable, calls: int, replays: int) -> float:
-        """Median microseconds of call(x, weight, i), weights in turn; of at least `calls`, each layer equally often."""
-        calls = -(-calls // self.layers) * self.layers
-        graph = captured(lambda i: call(self.x, self._weights[i % len(self._weights)], i), calls)
-        return median(events_us(graph.replay, replays)) / calls
+    def _calls(self, least: int) -> int:
+        """At least so many, each layer equally often."""
+        return -(-least // self.layers) * self.layers
+
+    def _chain(self, call: Callable, calls: int) -> torch.cuda.CUDAGraph:
+        """So many of call(x, weight, i), weights in turn."""
+        return captured(lambda i: call(self.x, self._weights[i % len(self._weights)], i), calls)
 
     @cached_property
     def _weights(self) -> list[torch.Tensor]:
@@ -204,10 +211,20 @@ def captured(call: Callable[[int], object], calls: int) -> torch.cuda.CUDAGraph:
 
 def events_us(run: Callable, times: int) -> list[float]:
     """GPU microseconds of each of `times` runs."""
-    pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
-    for start, stop in pairs:
-        start.record()
-        run()
-        stop.record()
+    return alternated_us([run], times)[0]
+
+
+def alternated_us(runs: Sequence[Callable], times: int) -> list[list[float]]:
+    """GPU microseconds of each of `times` rounds of the runs, one behind the other: a list a run."""
+    rounds = [[_between_events(run) for run in runs] for _ in range(times)]
     torch.cuda.synchronize()
-    return [1e3 * start.elapsed_time(stop) for start, stop in pairs]
+    return [[1e3 * start.elapsed_time(stop) for start, stop in one] for one in zip(*rounds, strict=True)]
+
+
+def _between_events(run: Callable) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """The events around a run."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    return start, stop
