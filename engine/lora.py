@@ -71,26 +71,36 @@ class Lora:
 
     # -- residents --------------------------------------------------------------------------------------------------
     def compact(self) -> None:
-        """Move every resident to the first run that holds it, from the lowest up: all free rows end in one run behind them.
-        Behind the steps under way, on their stream; no load may write meanwhile."""
+        """Move every resident down to the first free row, from the lowest up: all free rows end in one run behind them.
+        Behind the steps under way, on their stream; no load may write meanwhile. Nothing is allocated: it cannot stop half
+        way for lack of memory."""
         pool = self.pool
         for slot in sorted((slot for slot, rank in enumerate(pool.ranks) if rank), key=pool.offsets.__getitem__):
-            before = slice(pool.offsets[slot], pool.offsets[slot] + pool.ranks[slot])
-            rank, scale = pool.true_ranks[slot], pool.scales[slot]
+            before, rank, scale = pool.offsets[slot], pool.true_ranks[slot], pool.scales[slot]
             pool.release(slot)
             rows = pool.reserve(slot, rank, scale)
-            if rows == before:
-                continue
-            self._moved.add(slot)
-            for name in pool.projections:
-                a, b = pool.a[name], pool.b[name]
-                a[:, :, rows] = a[:, :, before].clone()  # the two may overlap
-                b[:, rows] = b[:, before].clone()
+            if rows.start != before:
+                self._moved.add(slot)
+                self._move_down(before, rows)
+
+    def _move_down(self, before: int, rows: slice) -> None:
+        """The factors from row `before` on to `rows`, which begin lower, in pieces so short that none overlaps its copy."""
+        gap = before - rows.start
+        for start in range(rows.start, rows.stop, gap):
+            to = slice(start, min(start + gap, rows.stop))
+            source = slice(to.start + gap, to.stop + gap)
+            for name in self.pool.projections:
+                a, b = self.pool.a[name], self.pool.b[name]
+                a[:, :, to] = a[:, :, source]
+                b[:, to] = b[:, source]
 
     def installed(self, adapter: int) -> None:
-        """The factors of `adapter` lie in the pool: make the switch know them."""
+        """The factors of `adapter` lie in the pool: make the switch know them, at once or, of one that was evicted while it
+        was folded in and still is, when it is folded in the next time."""
         self._moved.discard(adapter)
-        if self.switch is not None:
+        if adapter == self.folded >= 0:
+            self._moved.add(adapter)
+        elif self.switch is not None:
             pool = self.pool
             self.switch.place(adapter, pool.offsets[adapter], pool.true_ranks[adapter], pool.scales[adapter])
 

@@ -7,7 +7,6 @@ which there is no memory is called off and the batch shrinks. It knows no comman
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -17,6 +16,7 @@ import torch
 
 from engine.arrivals import Arrivals, ByTrace
 from engine.clock import FOREVER_PS, PS_PER_NS, Clock
+from engine.commands import Commands
 from engine.prompts import Prompt, RequestError
 from engine.runner import Runner
 from policies import Policy, faults
@@ -68,8 +68,8 @@ class Driver:
 
     prompts: what requests say, by id; made up for the others. arrivals: where requests come from; by the trace's times if
     absent. drain_s: the run ends so long after the trace's last arrival. reasons: why requests failed, by id. stop: set it
-    to end the run at the next step boundary. commands: what to call between two leases, soon; watchers: what to call between
-    any two (`engine.residents`). gone: adapters taken out.
+    to end the run at the next step boundary. commands: done between two leases, soon; watchers: what to call between any
+    two (`engine.residents`). gone: adapters taken out.
     """
 
     def __init__(self, trace: Trace, policy: Policy, ledger: Ledger, cost: Cost | None, journal: Journal, clock: Clock,
@@ -80,7 +80,7 @@ class Driver:
         self.runner = runner
         self.reasons: dict[int, str] = {}
         self.stop = False
-        self.commands: deque[Callable[[], None]] = deque()
+        self.commands = Commands()
         self.watchers: list[Callable[[], None]] = []
         self.gone: set[int] = set()
         self.last_ps = 0  # when the last step ended
@@ -141,9 +141,14 @@ class Driver:
     # -- the loop -------------------------------------------------------------------------------------------------------
     def run(self) -> None:
         """Until every request has ended, or `stop`. Raises PlanError or InvariantError if the policy or engine is wrong."""
+        try:
+            self._loop()
+        finally:
+            self.commands.end()
+
+    def _loop(self) -> None:
         while not self.stop:
-            while self.commands:
-                self.commands.popleft()()
+            self.commands.do()
             for watch in self.watchers:
                 watch()
             self._receive()

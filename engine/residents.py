@@ -52,8 +52,10 @@ class Residents:
             host = packed(
                 weights, lora.pool.projections, shape.layers, model.dtype, pinned=model.device.type == "cuda"
             )  # fmt: skip
-        except ValueError as error:
-            return _failed(error)
+        except Exception as error:  # as with all that is asked: the answer is the Future's
+            answer: Future[int] = Future()
+            answer.set_exception(error)
+            return answer
         return self._ask(lambda: self._install(weights, host, head))
 
     def remove(self, name: str) -> Future[int]:
@@ -64,7 +66,7 @@ class Residents:
         """Never evict an adapter from now on; it loads at once if it is not here and fits, else when it is asked for."""
 
         def act() -> int:
-            number = self._number(name)
+            number = self._readable(name)
             residency.pin(self._driver.ledger, number)
             pool = self._driver.ledger.pool
             if pool.adapter_free >= pool.adapter_pages[number]:
@@ -85,20 +87,11 @@ class Residents:
 
     def load(self, name: str) -> Future[int]:
         """Begin an adapter's copy now, before anybody asks for it; idle ones are evicted for it."""
-        return self._ask(lambda: self._bring(self._number(name)))
+        return self._ask(lambda: self._bring(self._readable(name)))
 
     # -- between two leases -------------------------------------------------------------------------------------------
     def _ask(self, act: Callable[[], int]) -> Future[int]:
-        answer: Future[int] = Future()
-
-        def command() -> None:
-            try:
-                answer.set_result(act())
-            except ValueError as error:
-                answer.set_exception(error)
-
-        self._driver.commands.append(command)
-        return answer
+        return self._driver.commands.ask(act)
 
     def _number(self, name: str) -> int:
         names = self.names
@@ -106,6 +99,13 @@ class Residents:
             there = ", ".join(list(names)[:8]) + (" ..." if len(names) > 8 else "")
             raise residency.ResidencyError(f"adapter {name!r} is not here; there are {there or 'none'}")
         return names[name]
+
+    def _readable(self, name: str) -> int:
+        """The number of an adapter that can be loaded."""
+        number = self._number(name)
+        if self._engine.runner.loader.adapters[number] is None:
+            raise residency.ResidencyError(f"adapter {name!r} could not be read, so it cannot load")
+        return number
 
     def _install(self, weights: AdapterWeights, host: HostAdapter, head: TaskHead | None) -> int:
         engine, ledger = self._engine, self._driver.ledger
@@ -117,18 +117,16 @@ class Residents:
             raise residency.ResidencyError(f"adapter {name!r}: all {slots} slots were used; start with more spare adapters")
         per_rank = adapter_bytes_per_rank(runner.model.shape, runner.lora.targets, runner.model.dtype)
         pages = pages_of_rank(weights.rank, per_rank, engine.page_bytes)
+        head = None if head is None else head.to(runner.decoder.head)  # memory may run out here, so it comes first
         number = residency.extend(ledger, Adapter(name, weights.rank, weights.digest), pages)
         runner.loader.adapters.append(host)
-        runner.heads.append(None if head is None else head.to(runner.decoder.head))
+        runner.heads.append(head)
         return number
 
     def _bring(self, number: int) -> int:
         ledger, runner = self._driver.ledger, self._engine.runner
         if number in ledger.pool.resident or number in ledger.pool.loading:
             return number
-        if runner.loader.adapters[number] is None:
-            name = ledger.pool.adapters[number].name
-            raise residency.ResidencyError(f"adapter {name!r} could not be read, so it cannot load")
         for other in residency.bring(ledger, number):
             runner.lora.evict(other)
         ledger.journal.counters["load_bytes"] += runner.loader.adapters[number].nbytes
@@ -154,9 +152,3 @@ class Residents:
                 runner.lora.evict(number)
             runner.loader.adapters[number] = runner.heads[number] = None
             self._leaving.discard(number)
-
-
-def _failed(error: ValueError) -> Future[int]:
-    answer: Future[int] = Future()
-    answer.set_exception(error)
-    return answer

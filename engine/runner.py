@@ -111,6 +111,7 @@ class Runner:
         RequestError, with the request's id in `request`, if one of them cannot be computed; then the plan must be called
         off, and so after torch.OutOfMemoryError here or in `launch`.
         """
+        self._plan, self._chunks, self._finishing, self._decodes = plan, [], [], None
         for request in plan.preempts:
             self._give_back(self.sequences[request])
         for request in plan.aborts:
@@ -119,7 +120,6 @@ class Runner:
             self.lora.evict(adapter)
         for adapter in plan.loads:
             self.loader.start(adapter)
-        self._plan, self._chunks, self._finishing, self._decodes = plan, [], [], None
         if not plan.decodes and not plan.prefills:
             return
         self._places.clear()

@@ -71,9 +71,10 @@ def _runs(
     """The launches of a call, each a function of (y, x, layer). ready: see `branch.shrink`."""
     layer, name = key
     shape_key = (name, batch.tokens, batch.adapters, batch.expected, batch.uneven, batch.rank, batch.merged >= 0)
-    shape_key += (x.stride(0), y.stride(0), x.dtype, y.dtype, tiling, ready)
+    shape_key += (x.shape, y.shape, x.stride(), y.stride(), x.dtype, y.dtype, tiling, ready)
+    shape_key += ((x.data_ptr() | y.data_ptr()) % 16,)
     runs = batch.plans.get(shape_key)
-    if runs is None or not 0 <= layer < pool.layers:
+    if runs is None or pool is not batch.pool or not 0 <= layer < pool.layers:
         pool.factors(key)  # raises where there is no such layer or projection
         _check(y, x, pool=pool, batch=batch, projection=pool.projections[name])
         if len(batch.plans) >= MAX_PLANS:

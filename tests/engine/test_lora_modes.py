@@ -254,6 +254,34 @@ def test_hundreds_of_adapters_of_mixed_ranks_come_and_go(world, trace, policy):
     assert moves
 
 
+def test_adapters_move_together_without_memory_of_their_own(world, trace, monkeypatch):
+    """By less than they are long, so that old and new rows overlap."""
+    import dataclasses
+
+    from traces.request import Adapter
+
+    adapters = tuple(Adapter(f"lora-{i}", rank) for i, rank in enumerate((16, 64, 33)))
+    w = world("tiny-llava", dataclasses.replace(trace(1), adapters=adapters), "slora")
+    lora, loader, pool = w.runner.lora, w.runner.loader, w.runner.lora.pool
+    for adapter in range(3):
+        loader.start(adapter)
+        lora.installed(adapter)
+    loader.drain()
+
+    def factors(adapter):
+        a, b = zip(*(pool.views(adapter, key) for key in lora._keys), strict=True)
+        return [view.clone() for views in (*a, *b) for view in views]
+
+    expected = {adapter: factors(adapter) for adapter in (1, 2)}
+    lora.evict(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", lambda *given, **options: pytest.fail("memory may run out here"))
+        lora.compact()
+    assert [pool.offsets[adapter] for adapter in (1, 2)] == [0, 64]
+    for adapter, views in expected.items():
+        assert all(map(torch.equal, factors(adapter), views))
+
+
 def test_a_folded_adapter_that_moved_folds_in_again_right(world, trace):
     w = world("tiny-llava", trace(1), "valora", adapter_bytes=48 * 2 * 4 * (3 * 64 + 192 + 128))
     lora, loader = w.runner.lora, w.runner.loader

@@ -1,5 +1,7 @@
 """Adapters added, taken out, pinned and loaded while requests run: nobody else notices, and every answer stays right."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -125,6 +127,76 @@ def test_pins_of_the_start_are_there_before_the_first_request(world, trace, root
     w.run()
     assert w.ledger.journal.counters["adapter_loads"] == 0
     assert w.ledger.journal.counters["adapter_hits"] == 8
+
+
+def test_an_adapter_that_cannot_be_read_is_not_pinned(trace, root, running):
+    path = root / "lora-1" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    requests = trace(3, images=0, output=4, adapter=np.zeros(3, np.int32))
+    w = running(requests, lambda d: d.arrived >= 1, lambda r: (r.pin("lora-1"), r.load("lora-1")))
+    w.run()
+    for answer in w.answers[0]:
+        with pytest.raises(ResidencyError, match="'lora-1' could not be read"):
+            answer.result(timeout=0)
+    assert not w.ledger.pool.pinned
+
+
+def test_everybody_who_asks_is_answered(trace, running, monkeypatch):
+    """Whatever goes wrong, however late, and whoever no longer wants to know."""
+    from engine import residents as module
+    from engine.commands import RunOver
+
+    def asks(r):
+        r._driver.stop = True  # the run ends before these are done
+        forgotten = r.load("lora-0")
+        assert forgotten.cancel()
+        return r.load("lora-1"), r.load("lora-2")
+
+    w = running(trace(3, images=0, output=4), lambda d: d.arrived >= 1, asks)
+    w.run()
+    for answer in (*w.answers[0], w.residents.load("lora-0"), w.residents.unpin("lora-0")):
+        with pytest.raises(RunOver, match=r"the run (is over|ended before this was done); start an engine anew"):
+            answer.result(timeout=0)
+
+    def broken(*given):
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(module, "read_adapter", broken)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        w.residents.add("lora-1").result(timeout=0)
+
+
+def test_a_command_that_fails_does_not_end_the_run(trace, running):
+    def out_of_memory():
+        raise torch.OutOfMemoryError("made up")
+
+    def asks(r):
+        r._driver.commands.ask(lambda: 0).cancel()
+        return r._driver.commands.ask(out_of_memory)
+
+    w = running(trace(3, images=0, output=4), lambda d: d.arrived >= 1, asks)
+    w.run()
+    assert statuses(w) == [COMPLETED] * 3
+    with pytest.raises(torch.OutOfMemoryError, match="made up"):
+        w.answers[0].result(timeout=0)
+
+
+def test_an_adapter_that_left_while_folded_in_may_come_back(world, trace, root, running):
+    """Merged-only keeps 0 in the weights when it gives its rows to 1; 1 is taken out, and 0 is asked for again."""
+    requests = trace(3, images=0, output=3, adapter=np.array([0, 1, 0], np.int32))
+    requests = requests.with_(arrival_ns=np.array([0, 500_000_000, 900_000_000]))
+    expected = world("tiny-llava", requests, "merged-only", root=root).logits()
+    folded = []
+
+    def when(driver):
+        folded.append(w.runner.lora.folded)
+        return 1 in driver.ledger.pool.loading
+
+    w = running(requests, when, lambda r: r.remove("lora-1"), "merged-only", adapter_bytes=16 * PER_RANK)
+    got = w.logits()
+    assert folded[-1] == 0
+    assert statuses(w) == [COMPLETED, FAILED, COMPLETED]
+    assert_same({r: got[r] for r in (0, 2)}, {r: expected[r] for r in (0, 2)})
 
 
 def test_loading_ahead_makes_the_first_request_a_hit(trace, running):

@@ -97,6 +97,24 @@ def test_steps_of_many_rows_keep_v_in_the_factors_type(monkeypatch, form, merged
     assert types == [torch.float32, pool.dtype]
 
 
+def test_a_later_call_is_checked_as_the_first():
+    """Of a shape that a plan is kept for: fewer rows, other widths, another pool or an odd address are no such call."""
+    pool, batch, index, random = world(DTYPES[0])
+    batch.update(index)
+    x, y = tensors(pool, (1, "o"), len(index), random)
+    atmm(y, x, pool, batch, (1, "o"))
+    before, odd = y.clone(), torch.zeros(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view_as(x)
+    for given, words in (
+        ((y[:2], x, pool), r"y has shape \(2, "),
+        ((y, x[:, :-8], pool), "x has shape"),
+        ((y, x, world(DTYPES[0])[0]), "another pool"),
+        ((y, odd, pool), "start on 16 bytes"),
+    ):
+        with pytest.raises(LoraError, match=words):
+            atmm(*given, batch, (1, "o"))
+    assert torch.equal(y, before)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_random_shapes(seed):
     choose = np.random.default_rng(seed)
