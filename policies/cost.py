@@ -5,13 +5,12 @@ simulator and engine alike, so that both decide alike. Integers make a sum over 
 stepping to the last digit. It knows no clock and no queue; where the numbers come from stands in the profile.
 
 Tables are piecewise linear and monotone between their points. Below the first point the first value holds; beyond the last
-the last slope goes on, and `outside` counts how often that happened, by table.
+the last slope goes on, and `outside` says of which tables that happened.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from functools import lru_cache
 
 from policies.plan import BASE, MIXTURE, UNMERGED, Work
@@ -30,21 +29,25 @@ class Curve:
 
     __slots__ = ("_outside", "name", "xs", "ys")
 
-    def __init__(self, points: list[tuple[float, float]], name: str, outside: Counter):
+    def __init__(self, points: list[tuple[float, float]], name: str, outside: set[str]):
         self.xs = [x for x, _ in points]
         self.ys = [y * PS_PER_US for _, y in points]
         self.name = name
         self._outside = outside
 
     def __call__(self, x: float) -> float:
+        if x > self.xs[-1] and len(self.xs) > 1:
+            self._outside.add(self.name)
+        return self.at(x)
+
+    def at(self, x: float) -> float:
+        """The value at x, wherever that lies."""
         xs, ys = self.xs, self.ys
         if x <= xs[0]:
             return ys[0]
         if x >= xs[-1]:
             if len(xs) == 1:
                 return ys[0]
-            if x > xs[-1]:
-                self._outside[self.name] += 1
             i = len(xs) - 1
         else:
             i = bisect_right(xs, x)
@@ -73,7 +76,7 @@ class Cost:
     def __init__(self, profile: Profile, operator: str, switch: str, adapters: tuple[Adapter, ...], policy: str = ""):
         self.profile = profile
         self.operator = operator
-        self.outside: Counter[str] = Counter()
+        self.outside: set[str] = set()
         self._adapters = adapters
         self._linear = self._curve("linear", profile.linear)
         self._prefill_linear = self._linear
@@ -133,10 +136,10 @@ class Cost:
         # Beyond the largest measured batch attention is bandwidth-bound, so its cost grows with the batch.
         scale = decodes / grid[-1] if decodes > grid[-1] else 1.0
         if scale > 1:
-            self.outside["decode_attention batch"] += 1
+            self.outside.add("decode_attention batch")
         contexts = sorted({0.0, *below.xs, *above.xs})
         starts = [int(context * decodes) for context in contexts]
-        values = [round(scale * (below(c) + share * (above(c) - below(c)))) for c in contexts]
+        values = [round(scale * (below.at(c) + share * (above.at(c) - below.at(c)))) for c in contexts]
         slopes = [
             (values[i + 1] - values[i]) // max(1, starts[i + 1] - starts[i]) for i in range(len(starts) - 1)
         ]
@@ -149,7 +152,7 @@ class Cost:
         if high != low:
             value += share * (self._prefill[grid[high]](tokens) - value)
         elif context > grid[-1]:
-            self.outside["prefill_attention context"] += 1
+            self.outside.add("prefill_attention context")
             value *= (context + tokens / 2) / (grid[-1] + tokens / 2)
         return round(value)
 
@@ -187,7 +190,7 @@ class Cost:
         """`curve` scaled in proportion where x lies beyond the last measured one, and counted."""
         if x <= last:
             return curve
-        self.outside[name] += 1
+        self.outside.add(name)
         scaled = Curve([(point, 0.0) for point in curve.xs], curve.name, self.outside)
         scaled.ys = [y * x / last for y in curve.ys]
         return scaled
@@ -296,7 +299,13 @@ class Cost:
         """Decode attention in ps at one point; mixed: in a step that has chunks of prompts, too."""
         starts, values, slopes = self.segments(decodes, mixed)
         at = bisect_right(starts, context_tokens) - 1
+        self.note_context(starts, context_tokens, mixed=mixed)
         return values[at] + slopes[at] * (context_tokens - starts[at])
+
+    def note_context(self, starts: list[int], context_tokens: int, *, mixed: bool = False) -> None:
+        """Remember that decodes of `context_tokens` in all lie beyond the last of `segments`' starts, if they do."""
+        if context_tokens > starts[-1]:
+            self.outside.add("mixed_attention" if mixed else "decode_attention")
 
     def prefill_ns(self, tokens: int, images: int = 0) -> int:
         """Predicted time of a prefill of `tokens` tokens alone, without LoRA."""

@@ -11,7 +11,7 @@ from policies.cohort import Cohort
 from policies.cost import Cost
 from policies.journal import Journal
 from policies.plan import MIXTURE, UNMERGED, Plan, Work
-from policies.pool import Pool
+from policies.pool import Node, Pool
 from policies.rules import judge
 from policies.view import DECODING, ENDED, PREFILLING, WAITING, Entry, Limits, View
 from traces.request import Request
@@ -112,6 +112,11 @@ class Ledger:
             return 0
         pool = self.pool
         return pool.shared_tokens(pool.match(entry.adapter, entry.prefix, entry.target))
+
+    def left_to_compute(self, entry: Entry) -> tuple[int, int]:
+        """(tokens, images) of a waiting request that the prefix cache does not hold now."""
+        node = self.pool.match(entry.adapter, entry.prefix, entry.target) if entry.prefix else None
+        return entry.target - self.pool.shared_tokens(node), self._images(entry, node)
 
     # -- arrivals -----------------------------------------------------------------------------------------------------
     def enqueue(self, request: Request) -> bool:
@@ -249,7 +254,7 @@ class Ledger:
                     entry.scheduled_ns = now_ns
                 if entry.prefix:
                     self._reuse(entry)
-                images += self._images(entry)
+                images += self._images(entry, entry.node)
             chunks.append((tokens, entry.kv))
             pages = -(-(entry.kv + tokens) // page) + (-entry.kv // page)
             pool.take(pages)
@@ -264,12 +269,12 @@ class Ledger:
         entry.cached_tokens = max(entry.cached_tokens, min(entry.kv, entry.prompt_tokens))
         self.journal.counters["prefix_hit_tokens"] += entry.kv
 
-    def _images(self, entry: Entry) -> int:
+    def _images(self, entry: Entry, node: Node | None) -> int:
         """Images to encode: those whose tokens the cached prefix does not hold (images come first in a prefix)."""
-        if not entry.images or not entry.kv:
+        if not entry.images or not self.pool.shared_tokens(node):
             return entry.images
         shareable = sum(tokens for _, tokens in entry.prefix)
-        return -(-entry.images * max(0, shareable - entry.node.tokens) // shareable)
+        return -(-entry.images * max(0, shareable - node.tokens) // shareable)
 
     def _work(self, prefills: tuple[tuple[int, int], ...], chunks: tuple[tuple[int, int], ...], images: int,
               switch_rank: int) -> Work:

@@ -249,3 +249,15 @@ def withdraw(ledger: Ledger, request: int) -> Request:
         del ledger.unfinished[entry.adapter]
     del ledger.entries[request]
     return ledger._asked.pop(request)
+
+
+def put_in_order(ledger: Ledger, request: int) -> None:
+    """Let a request that was just enqueued, and came to another replica first, stand where its arrival puts it: queues are
+    in order of arrival, and whoever looks for the oldest or the starving relies on it. Nothing for one that was refused."""
+    entry = ledger.entries.get(request)
+    if entry is None:
+        return
+    for queue in (ledger.entries, ledger.waiting, ledger.waiting_by[entry.adapter]):
+        ordered = sorted(queue.items(), key=lambda item: (item[1].arrival_ns, item[0]))
+        queue.clear()
+        queue.update(ordered)

@@ -2,8 +2,8 @@
 
 A page holds the keys and values of `page_tokens` tokens; an adapter takes as many pages as its bytes need, so that a
 rank-128 adapter weighs twice a rank-64 one. The prefix cache shares whole pages between prompts that begin alike, keyed
-by the adapter's content and the content of each segment (image bytes, text): a page computed under one adapter is never
-read under another. It knows nothing of requests' states; the ledger calls it.
+by the adapter's content and the content and length of each segment (image bytes, text): a page computed under one adapter is
+never read under another. It knows nothing of requests' states; the ledger calls it.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Pool:
         path: tuple = (self.adapters[adapter].digest if adapter >= 0 else "",)
         tokens = 0
         for content, length in prefix:
-            path = (path, content)
+            path = (path, content, length)  # a clipped prompt cuts a segment whose key it keeps
             tokens += length
             yield path, tokens
 

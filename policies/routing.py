@@ -56,13 +56,13 @@ def consolidate(request: Request, replicas: Sequence[Ledger], routed: int) -> in
 
 
 def _has_room(request: Request, replica: Ledger) -> bool:
-    """True if the batch has a slot, and the prompts of all unfinished requests fit beside the adapters in use. Answers
+    """True if the batch has a slot, and the prompts of all unfinished requests fit beside their adapters. Answers
     are not counted: their lengths are unknown, and what a running lease has written is not booked yet."""
     if len(replica.entries) >= replica.limits.max_batch:
         return False
     pool = replica.pool
     prompts = sum(-(-entry.prompt_tokens // pool.page_tokens) for entry in (*replica.entries.values(), request))
-    adapters = sum(pool.adapter_pages[adapter] for adapter in {*pool.users, request.adapter} if adapter >= 0)
+    adapters = sum(pool.adapter_pages[adapter] for adapter in {*replica.unfinished, request.adapter} if adapter >= 0)
     if pool.adapter_room is not None:
         return prompts <= pool.pages and adapters <= pool.adapter_room
     return prompts + adapters <= pool.pages

@@ -46,7 +46,7 @@ class SLora:
         started = {entry.id for entry in view.prefilling}
         for entry in view.queue():
             if entry.ttft_slo_ns and entry.id not in started and not entry.preemptions:
-                start_ns = entry.arrival_ns + entry.ttft_slo_ns - view.cost.prefill_ns(entry.prompt_tokens, entry.images)
+                start_ns = entry.arrival_ns + entry.ttft_slo_ns - view.cost.prefill_ns(*view.left_to_compute(entry))
                 if view.now_ns > start_ns:
                     batch.aborts.append(entry.id)
                     continue
@@ -91,17 +91,19 @@ class Fcfs:
         """FCFS within the slots."""
         if not view.queued:
             return only_decode(view)
-        return Batch(view, view.decoding).fill(self._slotted(view)).plan()
+        batch = Batch(view, view.decoding)
+        return batch.fill(self._slotted(view, batch)).plan()
 
-    def _slotted(self, view: View) -> Iterator[Entry]:
+    def _slotted(self, view: View, batch: Batch) -> Iterator[Entry]:
+        """The queue without those whose adapter finds no slot beside those of the running and of what `batch` took."""
         slots = {view.entry(request).adapter for request in view.decoding}
         slots.update(entry.adapter for entry in view.prefilling)
         slots.discard(-1)
         for entry in view.queue():
             if entry.adapter < 0 or entry.adapter in slots or len(slots) < self.max_loras:
-                if entry.adapter >= 0 and view.is_resident(entry.adapter):  # a copy under way takes no slot of this step
-                    slots.add(entry.adapter)
                 yield entry
+                if entry.adapter >= 0 and batch.prefills and batch.prefills[-1][0] == entry.id:  # else a copy is under way
+                    slots.add(entry.adapter)
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class Oracle:
         """Waiting requests by the work they bring, the least first."""
         if not view.queued:
             return only_decode(view)
-        queue = sorted(view.waiting, key=lambda e: (e.target + 8 * view.output_tokens(e.id), e.id))
+        queue = sorted(view.waiting, key=lambda e: (e.target + 8 * (view.output_tokens(e.id) - e.generated), e.id))
         batch = Batch(view, view.decoding).fill(view.prefilling).fill(queue)
         prefetch(batch, queue, self.prefetch)
         return batch.plan()

@@ -29,8 +29,7 @@ class Limits:
     """Bounds of one step and of one request.
 
     max_batch: requests in one step (MaxBS of VaLoRA's Algorithm 1). max_batch_tokens: tokens in one step, decodes and
-    prefill chunks together (Sarathi-Serve's budget). max_context: prompt plus output of one request. lora: False serves
-    every request with the base model.
+    prefill chunks together (Sarathi-Serve's budget). max_context: prompt plus output of one request.
     """
 
     max_batch: int = 64
@@ -90,7 +89,8 @@ class View:
     next token, in the order they finished their prefill. unfinished: adapter -> unfinished requests, for the adapters that
     have any (-1: the base model). free_pages: to be had without evicting an adapter or preempting
     anybody. adapters_apart: adapters lie in pages of their own, of which adapter_free can be had without evicting one; else
-    that is free_pages. memo: what the last plan left. limits, cost, page_tokens, pool_pages never change.
+    that is free_pages. memo: what the last plan left. cost, page_tokens, pool_pages never change; limits do in an engine
+    that ran out of memory (`faults.shrink`).
     """
 
     __slots__ = (
@@ -205,6 +205,10 @@ class View:
     def reusable_tokens(self, entry: Entry) -> int:
         """Prompt tokens of a waiting request that the prefix cache holds now."""
         return self._ledger.reusable_tokens(entry)
+
+    def left_to_compute(self, entry: Entry) -> tuple[int, int]:
+        """(tokens, images) of a waiting request's prompt that the prefix cache does not hold now."""
+        return self._ledger.left_to_compute(entry)
 
     def adapter_pages(self, adapter: int) -> int:
         """Pages of one adapter."""

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 from policies.invariants import InvariantError
@@ -126,7 +127,7 @@ class Search:
     def __init__(self, args: argparse.Namespace, policy: str, router: str, objectives: tuple[Objective, ...]):
         self.args, self.policy, self.router, self.objectives = args, policy, router, objectives
         self.probes: list[Probe] = []
-        self.needed = -(-args.seeds * min(args.confidence, 1.0) // 1)
+        self.needed = ceil(round(args.seeds * args.confidence, 9))  # 25 x 0.56 is a little more than 14 in binary
 
     def probe(self, rate: float, gpus: int) -> Probe:
         """Run all seeds at one load. Raises ValueError where a run cannot be made."""
@@ -240,6 +241,8 @@ def solve(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is for single runs; leave it out")
     if args.rate is not None or args.time_scale is not None:
         raise ValueError("--rate and --time-scale are what is searched for; use --load for a given rate")
+    if args.closed_loop:
+        raise ValueError("--closed-loop has no rate that could be searched for; leave it out")
     if args.requests_per_gpu is not None and args.max_requests is not None:
         raise ValueError("--max-requests and --requests-per-gpu exclude each other")
     if args.seeds < 1 or args.confidence > 1 or args.most_gpus < 1:

@@ -18,7 +18,7 @@ from policies.cost import Cost
 from policies.invariants import InvariantError
 from policies.journal import Journal, result
 from policies.ledger import Ledger
-from policies.placement import withdraw
+from policies.placement import put_in_order, withdraw
 from policies.pool import Pool
 from policies.profile import Profile, ProfileError
 from policies.routing import make_router, moves
@@ -83,7 +83,8 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     if room is not None and config.pages is None:
         pages -= room
     if pages < 1:
-        raise ProfileError(f"memory share {config.memory_share} leaves no page of {page_bytes} bytes in the pool")
+        taken = "" if room is None else f" beside {config.adapter_bytes} bytes of --adapter-memory"
+        raise ProfileError(f"memory share {config.memory_share}{taken} leaves no page of {page_bytes} bytes in the pool")
     adapter_pages = tuple(-(-profile.adapter_bytes(adapter.rank) // page_bytes) for adapter in trace.adapters)
     dispatcher = Dispatcher(env, trace, config.router, progress, config.closed_loop)
     pins = () if getattr(policy, "strips_adapters", False) else residency.numbers_of(config.pins, trace.adapters)
@@ -125,14 +126,19 @@ def simulate(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
 
 def _endings(record: RunResult, config: SimConfig) -> list[str]:
     """What the reader must know of requests that were not served."""
-    status = record.requests["status"]
-    refused, unfinished = (int((status == STATUS.index(how)).sum()) for how in ("unservable", "unfinished"))
+    table = record.requests
+    refused, unfinished = (table["status"] == STATUS.index(how) for how in ("unservable", "unfinished"))
+    long = refused & (table["prompt_tokens"] + table["output_tokens"] > config.limits.max_context)
+    large, unfinished = int((refused & ~long).sum()), int(unfinished.sum())
     notes = []
-    if refused:
+    if long.any():
         notes.append(
-            f"{refused} requests pass the model's context of {config.limits.max_context} tokens or the memory pool and were "
-            "refused as unservable; --clip shortens them"
+            f"{long.sum()} requests pass the model's context of {config.limits.max_context} tokens and were refused as "
+            "unservable; --clip shortens them"
         )
+    if large:
+        why = "the memory pool" if config.adapter_bytes is None else "the pages of keys and values, or --adapter-memory,"
+        notes.append(f"{large} requests, with their adapters, do not fit {why} and were refused as unservable")
     if unfinished:
         notes.append(faults.note_on_cut_off(unfinished, len(record.requests["id"]), config.drain_s))
     return notes
@@ -188,6 +194,7 @@ class Dispatcher:
             servers[self._route(request, ledgers, self._routed - 1)].arrive(request)
             for moving, source, target in moves(self._route, ledgers):
                 servers[target].arrive(withdraw(ledgers[source], moving))
+                put_in_order(ledgers[target], moving)
         if self._progress is not None and self._routed % 256 == 0:
             self._progress(sum(server.journal.ended for server in servers))
 
@@ -210,8 +217,7 @@ def _resolved(trace: Trace, policy: Policy, profile: Profile, config: SimConfig,
     if profile.kind != "measured":
         notes.append(f"profile {profile.name} is {profile.kind}, not measured")
     if cost.outside:
-        beyond = ", ".join(f"{name} {count} times" for name, count in sorted(cost.outside.items()))
-        notes.append(f"look-ups beyond the profile's range, extrapolated: {beyond} (distinct shapes)")
+        notes.append(f"look-ups beyond the profile's range, extrapolated: {', '.join(sorted(cost.outside))}")
     return {
         "trace": {"source": trace.source, "sha256": trace.sha256, "format": trace.format, "settings": trace.settings},
         "profile": {"name": profile.name, "sha256": profile.sha256, "kind": profile.kind, "provenance": profile.provenance},

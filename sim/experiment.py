@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from policies import PolicyError, make_policy, policy_options
+from policies import Policy, PolicyError, make_policy, policy_options
 from policies.profile import Profile
 from sim.__main__ import build_parser, find_profile, sim_config
 from sim.cluster import simulate
@@ -76,12 +76,13 @@ def check(args: argparse.Namespace) -> None:
     """Raise, before anything runs, what a run with these options would raise but for the contents of its trace."""
     if "," in args.policy or not args.policy.strip():
         raise PolicyError(f"policy {args.policy!r}: one policy a run")
-    _policy(args)
+    policy_of(args)
     parse_goodput(args.goodput)
     sim_config(args, profile_of(args))
 
 
-def _policy(args: argparse.Namespace):
+def policy_of(args: argparse.Namespace) -> Policy:
+    """The policy that the options name. PolicyError for a wrong name or value."""
     return make_policy(args.policy, policy_options([args.policy], args.policy_option)[args.policy])
 
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace, file: Trace | None = None) -> RunResult:
     """Simulate. Raises what is wrong with the options or the trace."""
     profile = profile_of(args)
     config = sim_config(argparse.Namespace(**vars(args) | {"output": None}), profile)
-    return simulate(trace_of(args, file), _policy(args), profile, config)
+    return simulate(trace_of(args, file), policy_of(args), profile, config)
 
 
 def summary(args: argparse.Namespace, file: Trace | None = None) -> dict:

@@ -59,6 +59,7 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
     last = gpu if gpu > floor else floor
     first = boundary_ps + last
     if max_steps == 1 or (first >= until_ps and not ahead):
+        cost.note_context(starts, context)
         return Run(1, first, last, first, (linear, decode_attention, 0, lora, first - gpu, switch), ())
     steps, total, pieces, end = 1, first, [], len(starts) - 1
     host = first - gpu  # what is neither of the GPU's
@@ -91,6 +92,7 @@ def run(cost: Cost, work: Work, max_steps: int, until_ps: int, boundary_ps: int 
         last = step + growth * (count - 1)
         steps += count
         context += decodes * count
+    cost.note_context(starts, context - decodes)
     parts = (steps * linear, total - host - switch - steps * steady, 0, steps * lora, host, switch)
     return Run(steps, first, last, total, parts, pieces)
 

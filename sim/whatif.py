@@ -1,7 +1,7 @@
 """`python -m sim whatif`: how many adapters fit beside how much KV, what a cold start costs, and which adapters to merge.
 
 Answers in plain words, computed from the profile and the trace's own mix of adapters; nothing is simulated, so queues and
-bursts are not in them: `python -m sim` answers for those. Options are those of `python -m sim`.
+bursts are not in them: `python -m sim` answers for those. Options are those of `python -m sim` that say what is served.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies import make_policy
 from policies.cost import Cost
 from policies.profile import Profile
 from sim.__main__ import build_parser as simulator_parser
-from sim.experiment import OUTPUT_OPTIONS, check, profile_of, trace_of
+from sim.experiment import OUTPUT_OPTIONS, check, policy_of, profile_of, trace_of
 from traces.options import SuggestingParser
 from traces.request import Trace
 
@@ -26,6 +25,8 @@ GIB, MIB = 2**30, 2**20
 MOST_NAMED = 5
 """Adapters that the answer about merging names."""
 MOST_REUSES = 200_000
+RUN_OPTIONS = ("gpus", "router", "pin", "closed_loop", "drain")
+"""Options that say how a simulation goes, of which nothing here depends."""
 
 
 class Mix(NamedTuple):
@@ -90,8 +91,11 @@ def merging(cost: Cost, mix: Mix, shares: np.ndarray, adapter: int, batch: int, 
 
 
 def memory_words(trace: Trace, profile: Profile, args: argparse.Namespace, merges: bool) -> list[str]:
-    """How many adapters fit beside how much KV."""
+    """How many adapters fit beside how much KV, in one pool or, with --adapter-memory, each in its own."""
     pool = int(profile.pool_bytes(golden=merges) * args.memory_share)
+    room = None if args.adapter_memory is None else int(args.adapter_memory * GIB)
+    if room is not None and room >= pool:
+        raise ValueError(f"--adapter-memory {args.adapter_memory:g}: the memory for KV and adapters is {pool / GIB:.1f} GiB")
     page = args.page_tokens * profile.kv_bytes_per_token
     sizes = [-(-profile.adapter_bytes(adapter.rank) // page) * page for adapter in trace.adapters]
     tokens = (trace.prompt_tokens + trace.output_tokens).astype(float)
@@ -99,22 +103,27 @@ def memory_words(trace: Trace, profile: Profile, args: argparse.Namespace, merge
         f"The pool for KV and adapters is {pool / GIB:.1f} GiB: of the device's {profile.device_bytes / GIB:.1f} GiB, the "
         f"weights take {profile.weights_bytes / GIB:.1f}, activations and graphs {profile.reserve_bytes / GIB:.1f}"
         + (f", the pristine copy that merging needs {profile.golden_bytes / GIB:.1f}" if merges else "")
-        + (f"; of the rest {args.memory_share:.0%} is used." if args.memory_share < 1 else "."),
+        + (f"; of the rest {args.memory_share:.0%} is used." if args.memory_share < 1 else ".")
+        + (f" Of it {room / GIB:.1f} GiB hold adapters and nothing else (--adapter-memory)." if room is not None else ""),
     ]
     if not sizes:
         return [*words, "The trace asks for no adapter."]
-    mean = sum(sizes) / len(sizes)
+    mean, total, holds = sum(sizes) / len(sizes), sum(sizes), pool if room is None else room
     words.append(
         f"An adapter takes {mean / MIB:.0f} MiB on average, as much as the KV of {mean / profile.kv_bytes_per_token:.0f} "
-        f"tokens; the {len(sizes)} of the trace take {sum(sizes) / GIB:.2f} GiB, {100 * sum(sizes) / pool:.1f} % of the "
-        f"pool. Without any KV {int(pool // mean):,} would fit."
+        f"tokens; the {len(sizes)} of the trace take {total / GIB:.2f} GiB, {100 * total / holds:.1f} % of the "
+        f"{'pool. Without any KV' if room is None else 'memory of adapters, in which'} {int(holds // mean):,} would fit."
     )
     for name, size in (("mean", float(tokens.mean())), ("P99", float(np.percentile(tokens, 99)))):
         need = math.ceil(size / args.page_tokens) * page
+        length = f"Requests of {name} length ({size:.0f} tokens, {need / MIB:.0f} MiB of KV): "
+        if room is not None:
+            words.append(f"{length}{(pool - room) // need:,} of them fit in the memory of KV.")
+            continue
         beside = (pool - args.max_batch * need) // mean
-        whole = int((pool - sum(sizes)) // need) if sum(sizes) < pool else 0
+        whole = int((pool - total) // need) if total < pool else 0
         words.append(
-            f"Requests of {name} length ({size:.0f} tokens, {need / MIB:.0f} MiB of KV): beside a full batch of "
+            f"{length}beside a full batch of "
             f"{args.max_batch} of them " + (f"{int(beside):,} adapters fit" if beside >= 1 else "no adapter fits")
             + f"; beside all {len(sizes)} adapters {whole:,} such requests fit."
         )
@@ -207,9 +216,12 @@ def answer(args: argparse.Namespace) -> str:
     for name in OUTPUT_OPTIONS:
         if name != "progress" and getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} is for simulations; leave it out")
+    for name in RUN_OPTIONS:
+        if getattr(args, name) != build_parser().get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} changes nothing here, where nothing is simulated; leave it out")
     check(args)
     profile, trace = profile_of(args), trace_of(args)
-    policy = make_policy(args.policy)
+    policy = policy_of(args)
     operator = args.operator or policy.operator
     cost = Cost(profile, operator, policy.switch, trace.adapters)
     kind = profile.kind if profile.kind == "measured" else f"{profile.kind}, not measured"

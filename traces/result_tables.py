@@ -91,6 +91,7 @@ def _sections() -> list[tuple[str, list[Row]]]:
                 _key("Failed requests", "failed", ",d", LOWER),
                 _key("  of them aborted", "aborted", ",d"),
                 _key("  of them unservable", "unservable", ",d"),
+                _key("  of them cut off", "unfinished", ",d"),
                 _key("Benchmark duration (s)", "duration", ".2f"),
                 _key("Total input tokens", "total_input_tokens", ",d"),
                 _key("Total generated tokens", "total_output_tokens", ",d"),

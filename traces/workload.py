@@ -187,7 +187,7 @@ def _repeat_images(trace: Trace, rng: np.random.Generator, image_tokens: int, sh
 def _leading(segments: tuple[tuple[int, int], ...], tokens: int) -> tuple[tuple[int, int], ...]:
     """The segments that lie within the first `tokens` tokens, the last one cut.
 
-    A cut segment keeps its key: equal keys still mean equal content over the tokens they share.
+    A cut segment keeps its key: who shares it has to look at its length too, as the prefix cache does.
     """
     kept = []
     for key, length in segments:

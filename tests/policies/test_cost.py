@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -23,19 +22,19 @@ def cost(tiny_profile):
 
 
 def test_curve():
-    outside: Counter = Counter()
+    outside: set[str] = set()
     curve = Curve([(2.0, 10.0), (4.0, 30.0), (5.0, 31.0)], "name", outside)
     us = {x: curve(x) / 1e6 for x in (0, 2, 3, 4, 4.5, 5)}
     assert us == {0: 10, 2: 10, 3: 20, 4: 30, 4.5: 30.5, 5: 31}
     assert not outside
     assert curve(7) / 1e6 == 33
-    assert outside == {"name": 1}
+    assert outside == {"name"}
     assert Curve([(2.0, 10.0)], "name", outside)(100) / 1e6 == 10
 
 
 @given(st.lists(st.floats(0, 1e4), min_size=1, max_size=6), st.lists(st.floats(0, 50), min_size=2, max_size=8))
 def test_a_curve_that_rises_at_its_points_rises_between_them(times, xs):
-    curve = Curve([(float(3 * i), y) for i, y in enumerate(sorted(times))], "name", Counter())
+    curve = Curve([(float(3 * i), y) for i, y in enumerate(sorted(times))], "name", set())
     values = [curve(x) for x in sorted(xs)]
     assert all(after >= before - 1e-3 for before, after in itertools.pairwise(values))
 
@@ -47,7 +46,7 @@ def test_attention_is_interpolated_over_batch_and_context(cost):
     between = cost.attention_at(10, 10 * 13) / 1e6  # half way between a batch of 4 and one of 16
     assert between == pytest.approx((5.9 + 9.0 + 3 / 90 * 68.7) / 2, rel=1e-3)
     assert cost.attention_at(32, 32 * 10) == 2 * 9_000_000  # beyond the largest batch in proportion
-    assert cost.outside["decode_attention batch"] == 1
+    assert "decode_attention batch" in cost.outside
 
 
 def test_lora_is_interpolated_over_tokens_adapters_and_rank(cost):
@@ -57,7 +56,7 @@ def test_lora_is_interpolated_over_tokens_adapters_and_rank(cost):
     assert cost.lora_ps(1, 2, 8, "decode") == pytest.approx((4 + 1 / 3) * 1e6, abs=1)
     assert cost.lora_ps(1, 8, 8, "decode") == 2 * 5_000_000
     assert cost.lora_ps(1, 1, 32, "decode") == 2 * 5_000_000
-    assert cost.outside["lora adapters"] == cost.outside["lora rank"] == 1
+    assert {"lora adapters", "lora rank"} <= cost.outside
     assert cost.lora_ps(0, 0, 0, "decode") == 0
 
 

@@ -221,6 +221,28 @@ def test_fcfs_looks_past_adapters_without_a_slot(make_ledger, ask, execute):
         Fcfs(max_loras=0)
 
 
+def test_fcfs_gives_no_slot_to_an_adapter_that_leaves_with_the_plan(make_ledger, ask):
+    """Two adapters fit, 1 and 2 are here: the load of 0 pushes 1 out, and whose turn it is then is 2."""
+    ledger = make_ledger(ranks=(8, 8, 8), limits=FOUR, resident=(1, 2), adapter_room=4)
+    for number, adapter in enumerate((0, 1, 2)):
+        ask(ledger, number, adapter)
+    plan = decide(Fcfs(max_loras=1), ledger)
+    assert (plan.loads, plan.evicts, ids(plan)) == ((0,), (1,), [2])
+
+
+def test_slora_does_not_give_up_what_the_prefix_cache_makes_fast(make_ledger, ask, execute):
+    ledger = make_ledger(limits=FOUR, resident=(0,))
+    prefix = ((7, 36),)
+    ask(ledger, 0, 0, prompt_tokens=40, output_tokens=1, prefix=prefix)
+    now_ns = execute(ledger, decide(SLora(), ledger))
+    cost = ledger.view(now_ns).cost
+    slo_ns = (cost.prefill_ns(40) + cost.prefill_ns(4)) // 2
+    ask(ledger, 1, 0, prompt_tokens=40, prefix=prefix, ttft_slo_ns=now_ns + slo_ns)
+    ask(ledger, 2, 0, prompt_tokens=40, prefix=((8, 36),), ttft_slo_ns=now_ns + slo_ns)
+    plan = decide(SLora(), ledger, now_ns)
+    assert (plan.aborts, ids(plan)) == ((2,), [1])
+
+
 def test_base_ignores_adapters(make_ledger, ask):
     ledger = make_ledger(limits=FOUR)
     ask(ledger, 0)

@@ -41,7 +41,7 @@ class Naive:
     def match(self, adapter: int, prefix, limit: int) -> int:
         path, tokens, found = (TWINS[adapter].digest if adapter >= 0 else "",), 0, 0
         for content, length in prefix:
-            path, tokens = (*path, content), tokens + length
+            path, tokens = (*path, content, length), tokens + length
             if path not in self.tokens or tokens >= limit:
                 break
             found = tokens
@@ -50,7 +50,7 @@ class Naive:
     def publish(self, adapter: int, prefix) -> None:
         path, tokens = (TWINS[adapter].digest if adapter >= 0 else "",), 0
         for content, length in prefix:
-            path, tokens = (*path, content), tokens + length
+            path, tokens = (*path, content, length), tokens + length
             self.tokens[path] = tokens
 
 
@@ -74,7 +74,7 @@ def test_match_equals_a_naive_cache(asked):
 
 def len_in_pages(naive: Naive) -> int:
     """Whole pages of all paths, each counted behind its parent."""
-    return sum(tokens // PAGE - naive.tokens.get(path[:-1], 0) // PAGE for path, tokens in naive.tokens.items())
+    return sum(tokens // PAGE - naive.tokens.get(path[:-2], 0) // PAGE for path, tokens in naive.tokens.items())
 
 
 @settings(max_examples=150)
@@ -113,6 +113,16 @@ def test_prefixes_are_keyed_by_the_adapters_content_and_by_the_whole_path():
     assert pool.match(0, (text,), 99) is None  # the same text behind nothing
     assert pool.match(0, (image, (5, 4)), 99).tokens == 8
     assert pool.match(0, (image, text), 12).tokens == 8  # at least one token is left to compute
+
+
+def test_a_segment_that_was_cut_is_another_one():
+    """--clip keeps the key of the segment that it cuts: a shorter prompt must not get more than it has."""
+    pool = pool_of()
+    compute(pool, 0, ((7, 8), (9, 12)))
+    assert pool.match(0, ((7, 8), (9, 5)), 99).tokens == 8
+    compute(pool, 0, ((7, 8), (9, 5)))
+    assert [pool.match(0, ((7, 8), (9, length)), 99).tokens for length in (12, 5, 6)] == [20, 13, 8]
+    assert not pool.check()
 
 
 def test_the_least_recently_used_prefix_goes_first_and_a_parent_after_its_children():

@@ -13,7 +13,7 @@ from policies import make_policy
 from policies.invariants import check
 from policies.journal import Journal
 from policies.ledger import Ledger
-from policies.placement import COPY_COST, LOAD_COST, MOVE_COST, DLoraRouter, comigrate, place, withdraw
+from policies.placement import COPY_COST, LOAD_COST, MOVE_COST, DLoraRouter, comigrate, place, put_in_order, withdraw
 from policies.plan import Plan
 from policies.pool import Pool
 from policies.routing import ROUTERS, make_router, moves
@@ -32,7 +32,7 @@ def replica(unfinished: int = 0, resident: tuple[int, ...] = (), pages: int = 10
                            users={}, adapter_pages=(2, 2, 2, 2), adapter_room=None)  # fmt: skip
     entry = SimpleNamespace(prompt_tokens=8)
     return SimpleNamespace(entries=dict.fromkeys(range(unfinished), entry), pool=pool, limits=Limits(max_batch, 100),
-                           waiting_by={})  # fmt: skip
+                           waiting_by={}, unfinished={0: unfinished})  # fmt: skip
 
 
 def ask(adapter: int = 0, number: int = 0, prompt: int = 8) -> Request:
@@ -62,6 +62,16 @@ def test_consolidation_fills_the_fullest_that_has_room():
     assert route(ask(), [replica(2), replica(5), replica(0)], 0) == 1
     assert route(ask(), [replica(2), replica(8), replica(0)], 0) == 0, "a full batch has no room"
     assert route(ask(prompt=80), [replica(2, pages=20), replica(1, pages=50)], 0) == 1, "no room for the prompt"
+
+
+def test_consolidation_counts_the_adapters_of_those_that_wait():
+    one, other = (Ledger(Pool(9, 4, ADAPTERS, (2, 2, 2, 2)), Limits(8, 100), Journal(), None) for _ in range(2))
+    route = make_router("consolidate")
+    for number in range(2):  # 2 pages of keys and values and an adapter of 2 each
+        assert route(ask(number, number), [one, other], number) == 0
+        one.enqueue(ask(number, number))
+    assert route(ask(2, 2), [one, other], 2) == 1
+    assert route(ask(1, 2, prompt=4), [one, other], 2) == 0, "its adapter is counted already"
 
 
 def test_a_router_with_a_memory_is_made_anew_for_each_run():
@@ -178,6 +188,21 @@ def test_withdrawing_undoes_enqueuing():
     withdraw(one, 0)
     assert 0 not in one.unfinished
     check(one, 0)
+
+
+def test_a_request_that_moved_stands_where_its_arrival_puts_it():
+    one, other = ledger(), ledger()
+    one.enqueue(Request(1, 10, 8, 4, 0))
+    for number, arrival_ns in ((0, 0), (2, 20), (3, 30)):
+        other.enqueue(Request(number, arrival_ns, 8, 4, 0))
+    other.enqueue(withdraw(one, 1))
+    put_in_order(other, 1)
+    view = other.view(40)
+    assert [entry.id for entry in view.waiting] == [entry.id for entry in view.queue_of(0)] == [0, 1, 2, 3]
+    withdraw(other, 0)
+    assert view.oldest.id == 1
+    put_in_order(other, 7)
+    check(other, 0)
 
 
 def test_a_request_that_ran_does_not_move():

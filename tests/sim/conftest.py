@@ -65,9 +65,9 @@ def _rows(draw, adapters: int, most: int):
         segments, left = [], row["prompt"]
         for content in draw(st.lists(st.integers(0, 2), max_size=3)):
             length = (9, 4, 6)[content]
-            if length <= left:
-                segments.append((content, length))
-                left -= length
+            if left:  # the last one is cut where the prompt ends, as --clip does it
+                segments.append((content, min(length, left)))
+                left -= segments[-1][1]
         rows.append(row | {"prefix": tuple(segments)})
     return rows
 

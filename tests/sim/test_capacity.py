@@ -2,12 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from policies.cost import Cost
-from sim.capacity import bracket, main
+from sim.capacity import Search, bracket, main
 from sim.experiment import parse_options, profile_of, summary, trace_of
 from sim.slo import SATURATED, judge, parse_slo
 from sim.whatif import answer, cold_shares, merging, mix_of
@@ -133,6 +134,7 @@ def test_the_fewest_gpus_hold_a_load(capsys, tmp_path):
     [
         (["--rate", "4"], "--rate and --time-scale are what is searched for"),
         (["--plot"], "--plot is for single runs"),
+        (["--closed-loop", "4"], "--closed-loop has no rate that could be searched for"),
         (["--router", "afinity"], "did you mean 'affinity'"),
         (["--gpus", "1,0"], "at least 1 GPU"),
         (["--confidence", "1.5"], "--confidence at most 1"),
@@ -183,6 +185,28 @@ def test_the_answer_is_in_words():
     uniform = " ".join(answer(parse_options({"adapter-assign": "uniform", "profile": ANALYTIC})).split())
     assert "So no adapter of this mix is worth folding in for mixed batches." in uniform
     assert "The trace asks for no adapter." in answer(parse_options({"adapters": "0"}))
+
+
+@pytest.mark.parametrize(("seeds", "confidence", "needed"), [(25, 0.56, 14), (50, 0.14, 7), (3, 0.5, 2), (3, 1.0, 3)])
+def test_so_many_seeds_must_hold(seeds, confidence, needed):
+    args = SimpleNamespace(seeds=seeds, confidence=confidence)
+    assert Search(args, "valora", "affinity", ()).needed == needed
+
+
+def test_whatif_answers_for_the_options_it_takes_and_refuses_the_others():
+    def words(**options):
+        given = {"max-requests": "50", "adapters": "64", "profile": ANALYTIC} | options
+        return " ".join(answer(parse_options(given)).split())
+
+    assert "64 of the trace take 8.00 GiB, 200.0 % of the memory of adapters, in which 32 would fit." in words(
+        **{"adapter-memory": "4"})  # fmt: skip
+    assert words() != words(**{"policy-option": "switch=addmm"})
+    with pytest.raises(ValueError, match=r"--adapter-memory 500: the memory for KV and adapters is"):
+        words(**{"adapter-memory": "500"})
+    run = {"gpus": "2", "pin": "adapter-000", "closed-loop": "3", "router": "affinity", "drain": "1"}
+    for option, value in run.items():
+        with pytest.raises(ValueError, match=f"--{option} changes nothing here"):
+            words(**{option: value})
 
 
 def test_a_policy_without_lora_has_nothing_to_merge():

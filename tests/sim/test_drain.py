@@ -42,3 +42,34 @@ def test_a_closed_loop_has_no_last_arrival(capsys):
     with pytest.raises(SystemExit):
         main(["--drain", "3", "--closed-loop", "4"])
     assert "--drain counts from the last arrival" in capsys.readouterr().err
+
+
+def test_the_table_says_how_many_were_cut_off(capsys):
+    assert main([*WORDS, "--policy", "merged-only", "--no-error-bars"]) == 0
+    printed = capsys.readouterr().out
+    failed, cut = (int(printed.split(name)[1].split()[0].strip("*")) for name in ("Failed requests:", "of them cut off:"))
+    assert 0 < failed == cut
+
+
+def test_notes_say_why_requests_were_refused(capsys):
+    assert main(["--max-requests", "60", "--adapters", "4", "--adapter-memory", "0.01", "--clip", "--no-error-bars"]) == 0
+    printed = capsys.readouterr().out
+    assert "requests, with their adapters, do not fit the pages of keys and values, or --adapter-memory, and" in printed
+    assert "were refused as unservable; --clip" not in printed
+    with pytest.raises(SystemExit):
+        main(["--max-requests", "60", "--adapter-memory", "500"])
+    assert "beside 536870912000 bytes of --adapter-memory leaves no page" in capsys.readouterr().err
+
+
+def test_the_note_on_what_was_extrapolated_is_that_of_single_steps(capsys):
+    """And names only what lay beyond: 30 contexts of at most 4,096 tokens do not."""
+    said = []
+    for more in ([], ["--no-leap"]):
+        words = ["--policy", "valora", "--policy-option", "theta_s=0.3", "--max-batch", "16", "--workload", "retrieval"]
+        words += ["--ranks", "256", "--adapters", "2", "--max-requests", "100", "--rate", "25", "--no-error-bars"]
+        assert main([*words, "--profile", "analytic-h200-llava-1.5-7b", *more]) == 0
+        said.append([line for line in capsys.readouterr().out.splitlines() if "beyond the profile's range" in line])
+    assert said[0] == said[1]
+    assert len(said[0]) == 1
+    assert "lora rank" in said[0][0]
+    assert "attention" not in said[0][0]
