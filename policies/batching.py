@@ -8,10 +8,10 @@ preempted for recomputation (vLLM's order).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from policies.plan import MERGED, UNMERGED, Plan
-from policies.view import WAITING, Entry, View
+from policies.view import DECODING, WAITING, Entry, View
 
 RESERVE = 0.01
 """Share of the pool that admissions leave to the growth of running requests (vLLM's watermark)."""
@@ -282,13 +282,37 @@ def lease_end(batch: Batch, until_ns: int | None) -> int | None:
     return view.now_ns
 
 
-def by_urgency(view: View, urgent: Iterable[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:
-    """`requests` with the urgent first, then those that ran in the last step, then the paused; unchanged if all of them fit.
+def by_urgency(view: View, urgent: Collection[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of `requests`, which decode, that the next step takes: the urgent first, then those that ran in the last step,
+    then the paused; so many that the urgent who wait for a prefill find a slot, for which none that is urgent itself makes
+    room. Unchanged if all fit.
 
     Those that ran keep their places, so that a decision repeated one step later is the same decision.
     """
-    if len(requests) <= view.limits.max_batch:
+    most = view.limits.max_batch
+    if len(requests) + view.queued > most:
+        most -= _could_start(view, urgent, len(requests))
+    if len(requests) <= most:
         return requests
     first = {entry.id for entry in urgent}
     rank = {request: (request not in first, view.is_paused(request)) for request in requests}
-    return tuple(sorted(requests, key=rank.__getitem__))
+    return tuple(sorted(requests, key=rank.__getitem__))[: max(most, len(first.intersection(requests)))]
+
+
+def _could_start(view: View, urgent: Iterable[Entry], decodes: int) -> int:
+    """How many of those that wait for a prefill one step takes up beside `decodes` others, as far as is sure beforehand:
+    their adapters are here, and tokens and pages suffice without taking any from others."""
+    page, limits, found = view.page_tokens, view.limits, 0
+    tokens = limits.max_batch_tokens - limits.max_batch
+    pages = view.free_pages - int(RESERVE * view.pool_pages) - min(decodes, limits.max_batch)
+    pages -= sum(-(-entry.target // page) + (-entry.kv // page) for entry in view.prefilling)
+    for entry in urgent:
+        if entry.state == DECODING or not view.is_resident(entry.adapter):
+            continue
+        done = view.reusable_tokens(entry) if entry.state == WAITING else entry.kv
+        pages -= -(-entry.target // page) if entry.state == WAITING else 0
+        if tokens < 1 or pages < 0:
+            break
+        tokens -= entry.target - done
+        found += 1
+    return found

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from policies.batching import Batch, by_urgency, lease_end, most_common, starving
+from policies.batching import Batch, by_urgency, lease_end, most_common, prefetch, starving
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import View
 
@@ -56,6 +56,7 @@ class DLora:
             batch.fill(view.queue_of(most))
         if not merge or batch.is_empty:  # empty: the others, paused, hold the memory
             batch = Batch(view, by_urgency(view, waited_long, view.decoding)).fill(view.queue())
+        prefetch(batch, urgent, len(urgent))  # a full batch reaches nobody who waits, and so loads nothing for them
         if (batch.mode == MERGED) != (view.mode == MERGED) and not batch.is_empty:
             thresholds = self._adapt(view, thresholds, most, count, fcfs)
         return batch.plan(until_ns=lease_end(batch, until_ns), memo=thresholds)

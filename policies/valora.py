@@ -7,7 +7,8 @@ starves. Otherwise unmerged: R_starve first, then the rest in order.
 
 Our reading under continuous batching: R is every unfinished request, waiting or running. Time waited runs since a request
 last made progress; one that mixture mode took up goes on until it ends. In merged mode the others pause with their KV
-kept. Simplified: the estimated execution time is that of one decode step, since output lengths are hidden.
+kept, and so do the newest of a full batch for one that starves for its prefill. Simplified: the estimated execution time
+is that of one decode step, since output lengths are hidden.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Valora:
         return batch.fill(urgent.values()).fill(entry for entry in view.queue_of(most) if entry.id not in urgent)
 
     def _unmerged(self, view: View) -> Plan:
-        if len(view.decoding) <= view.limits.max_batch:
+        if len(view.decoding) + view.queued <= view.limits.max_batch:
             if not view.queued:
                 return only_decode(view)
             batch, until_ns = Batch(view, view.decoding), None

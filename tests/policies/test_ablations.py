@@ -43,3 +43,21 @@ def test_parameters_come_as_text():
     for text in ("0", "no", ""):
         with pytest.raises(PolicyError, match="neither true nor false"):
             make_policy("valora", {"merge": text})
+
+
+@pytest.mark.parametrize(("name", "options", "patience_s"), [
+    ("valora", {}, 0.5), ("valora", {"theta_s": "0.1"}, 0.1), ("valora", {"theta_s": "0.1", "merge": "false"}, 0.1),
+    ("dlora", {"credit_s": "0.2"}, 0.2),
+])  # fmt: skip
+def test_a_full_batch_makes_room_for_who_waited_long(name, options, patience_s):
+    """Long answers of one adapter fill the batch; who asks for another starts when its patience is over, and they go on."""
+    arrival = np.array([0] * 8 + [1_000_000_000])
+    trace = Trace.build(arrival, np.full(9, 50), np.array([1000] * 8 + [10]), adapters=make_adapters(2, (64,)),
+                        adapter=np.array([0] * 8 + [1], np.int32))  # fmt: skip
+    config = SimConfig(LIMITS, check_invariants=True)
+    result = simulate(trace, make_policy(name, options), find_profile(None, "llava-1.5-7b"), config)
+    waited_s = (result.requests["first_token_ns"][8] - arrival[8]) / 1e9
+    assert patience_s - 0.02 < waited_s < patience_s + 0.1
+    hot_s = result.requests["finish_ns"][:8] / 1e9
+    assert hot_s.min() > waited_s + 2
+    assert hot_s.max() - hot_s.min() < 0.2, "the one that paused comes back"
