@@ -9,6 +9,7 @@ preempted for recomputation (vLLM's order).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 
 from policies.plan import MERGED, UNMERGED, Plan
 from policies.view import DECODING, WAITING, Entry, View
@@ -297,6 +298,14 @@ def by_urgency(view: View, urgent: Collection[Entry], requests: tuple[int, ...])
     first = {entry.id for entry in urgent}
     rank = {request: (request not in first, view.is_paused(request)) for request in requests}
     return tuple(sorted(requests, key=rank.__getitem__))[: max(most, len(first.intersection(requests)))]
+
+
+def unmerged(view: View, urgent: Collection[Entry]) -> Batch:
+    """An unmerged step: the urgent first, then the rest in order."""
+    batch = Batch(view, by_urgency(view, urgent, view.decoding))
+    first = {entry.id: entry for entry in urgent if entry.state != DECODING}
+    batch.fill(chain(first.values(), (entry for entry in view.queue() if entry.id not in first)))
+    return batch if not batch.is_empty else Batch(view, view.decoding).fill(view.queue())
 
 
 def _could_start(view: View, urgent: Iterable[Entry], decodes: int) -> int:

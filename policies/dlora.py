@@ -56,6 +56,8 @@ class DLora:
             batch.fill(view.queue_of(most))
         if not merge or batch.is_empty:  # empty: the others, paused, hold the memory
             batch = Batch(view, by_urgency(view, waited_long, view.decoding)).fill(view.queue())
+        if batch.is_empty:  # whom it made room for could not start
+            batch = Batch(view, view.decoding).fill(view.queue())
         prefetch(batch, urgent, len(urgent))  # a full batch reaches nobody who waits, and so loads nothing for them
         if (batch.mode == MERGED) != (view.mode == MERGED) and not batch.is_empty:
             thresholds = self._adapt(view, thresholds, most, count, fcfs)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from policies.batching import Batch, by_urgency, lease_end, most_common, only_decode, prefetch, starving
+from policies.batching import Batch, by_urgency, lease_end, most_common, only_decode, prefetch, starving, unmerged
 from policies.plan import MERGED, MIXTURE, Plan
 from policies.view import DECODING, Entry, View
 
@@ -55,7 +55,7 @@ class Valora:
         fold = len(cold) <= half and (self.mixture or not cold)
         batch = self._folded(view, most, cold, waited_long) if fold else None
         if batch is None or batch.is_empty:  # empty: the others, paused, hold the memory
-            batch = Batch(view, by_urgency(view, waited_long, view.decoding)).fill(view.queue())
+            batch = unmerged(view, waited_long)
         prefetch(batch, view.waiting, self.prefetch)
         return batch.plan(until_ns=lease_end(batch, until_ns))
 
@@ -75,12 +75,11 @@ class Valora:
         if len(view.decoding) + view.queued <= view.limits.max_batch:
             if not view.queued:
                 return only_decode(view)
-            batch, until_ns = Batch(view, view.decoding), None
+            batch, until_ns = Batch(view, view.decoding).fill(view.queue()), None
         else:
             urgent, until_ns = starving(view, self._patience_ns(view))
-            batch = Batch(view, by_urgency(view, urgent, view.decoding))
+            batch = unmerged(view, urgent)
             until_ns = lease_end(batch, until_ns)
-        batch.fill(view.queue())
         prefetch(batch, view.waiting, self.prefetch)
         return batch.plan(until_ns=until_ns)
 
