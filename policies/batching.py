@@ -286,12 +286,13 @@ def lease_end(batch: Batch, until_ns: int | None) -> int | None:
 def by_urgency(view: View, urgent: Collection[Entry], requests: tuple[int, ...]) -> tuple[int, ...]:
     """Those of `requests`, which decode, that the next step takes: the urgent first, then those that ran in the last step,
     then the paused; so many that the urgent who wait for a prefill find a slot, for which none that is urgent itself makes
-    room. Unchanged if all fit.
+    room. Unchanged if all fit. In a backlog nobody makes room: it would share the slots among more requests and delay them
+    all.
 
     Those that ran keep their places, so that a decision repeated one step later is the same decision.
     """
     most = view.limits.max_batch
-    if len(requests) + view.queued > most:
+    if len(requests) + view.queued > most and _are_few(view, urgent):
         most -= _could_start(view, urgent, len(requests))
     if len(requests) <= most:
         return requests
@@ -301,11 +302,16 @@ def by_urgency(view: View, urgent: Collection[Entry], requests: tuple[int, ...])
 
 
 def unmerged(view: View, urgent: Collection[Entry]) -> Batch:
-    """An unmerged step: the urgent first, then the rest in order."""
+    """An unmerged step: the urgent first, then the rest in order; in a backlog all in order, for what was begun goes on."""
     batch = Batch(view, by_urgency(view, urgent, view.decoding))
-    first = {entry.id: entry for entry in urgent if entry.state != DECODING}
+    first = {entry.id: entry for entry in urgent if entry.state != DECODING} if _are_few(view, urgent) else {}
     batch.fill(chain(first.values(), (entry for entry in view.queue() if entry.id not in first)))
     return batch if not batch.is_empty else Batch(view, view.decoding).fill(view.queue())
+
+
+def _are_few(view: View, urgent: Collection[Entry]) -> bool:
+    """True unless there is a backlog: more than half a batch is urgent."""
+    return len(urgent) <= view.limits.max_batch / 2
 
 
 def _could_start(view: View, urgent: Iterable[Entry], decodes: int) -> int:

@@ -7,8 +7,8 @@ starves. Otherwise unmerged: R_starve first, then the rest in order.
 
 Our reading under continuous batching: R is every unfinished request, waiting or running. Time waited runs since a request
 last made progress; one that mixture mode took up goes on until it ends. In merged mode the others pause with their KV
-kept, and so do the newest of a full batch for one that starves for its prefill. Simplified: the estimated execution time
-is that of one decode step, since output lengths are hidden.
+kept, and so do the newest of a full batch for the few that starve for their prefill. Simplified: the estimated execution
+time is that of one decode step, since output lengths are hidden.
 """
 
 from __future__ import annotations
