@@ -1,5 +1,7 @@
 """Task heads end a request after its prefill; images are checked before they are decoded."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,51 @@ def test_qwen2_vl_patches_are_those_of_transformers():
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     got = arranged((torch.from_numpy(raw).float() / 255 - mean) / deviation, shape)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def oriented(path, size, orientation=None):
+    """A file of noise; with EXIF's orientation, where it is given."""
+    grain = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(grain).resize(size, Image.Resampling.BICUBIC).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation"),
+    [((427, 640), None), ((640, 427), None), ((333, 500), None), ((57, 101), None), ((3, 4), None), ((336, 336), None)]
+    + [((427, 640), orientation) for orientation in range(1, 9)],
+)
+def test_llava_s_pixels_are_those_of_transformers_bit_for_bit(tmp_path, shape, size, orientation):
+    from transformers import CLIPImageProcessorPil
+    from transformers.image_utils import load_image as loaded
+
+    path, side = oriented(tmp_path / "x.png", size, orientation), shape.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    assert torch.equal(load_image(path, shape), processor(loaded(str(path)), return_tensors="pt")["pixel_values"][0])
+
+
+def test_qwen2_vl_sees_an_image_upright(tmp_path):
+    tiny = shape_of("tiny-qwen2-vl", config_of("tiny-qwen2-vl"))
+    path = oriented(tmp_path / "x.png", (61, 90), 6)
+    upright = tmp_path / "upright.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_270).save(upright)
+    assert torch.equal(load_image(path, tiny), load_image(upright, tiny))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_boxes_are_of_the_upright_image(tmp_path, family):
+    pytest.importorskip("peft")
+    pytest.importorskip("scipy")
+    from engine.fusion.metrics import Box
+    from engine.fusion.workbench import Workbench
+
+    bench = SimpleNamespace(model=SimpleNamespace(shape=SimpleNamespace(family=family)))
+    path = oriented(tmp_path / "x.png", (90, 60), 6)  # 60 x 90 upright; LLaVA sees the rows 15 to 75
+    (box,) = Workbench._scaled(bench, path, (Box("car", 15, 30, 45, 60),))
+    assert box[1:5] == pytest.approx((0.25, 0.25, 0.75, 0.75) if family == "llava" else (0.25, 1 / 3, 0.75, 2 / 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"<svg/>"])
