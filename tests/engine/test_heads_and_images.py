@@ -57,6 +57,9 @@ def test_chunks_do_not_change_what_a_detector_says(world, trace, shape, tmp_path
     torch.testing.assert_close(boxes[0], boxes[1], rtol=0, atol=1e-5)
 
 
+DETECTS = {"boxes.weight": torch.zeros(4, 64), "boxes.bias": torch.zeros(4)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -66,18 +69,30 @@ def test_chunks_do_not_change_what_a_detector_says(world, trace, shape, tmp_path
         ({"other": torch.zeros(1)}, "expected classes"),
         ({"boxes.weight": torch.zeros(4, 64)}, "expected classes"),
         ({"classes.weight": torch.zeros(0, 64), "classes.bias": torch.zeros(0)}, r"1\.\.100000 classes"),
+        ({"classes.bias": torch.zeros(7, dtype=torch.int32)}, "classes.bias is I32; expected one of F32, F16, BF16"),
+        ({"classes.bias": torch.zeros(7, dtype=torch.float8_e4m3fn)}, "classes.bias is F8_E4M3"),
+        ({"classes.bias": torch.full((7,), 1e30)}, "not finite in float16"),
+        (DETECTS | {"queries": torch.tensor([2.7])}, "queries is F32; expected one of I64, I32"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(tmp_path, shape, change, words):
     save_file(random_head(shape, 7, torch.Generator().manual_seed(0)) | change, tmp_path / FILE)
     with pytest.raises(HeadError, match=words):
-        read_head(tmp_path, shape)
+        read_head(tmp_path, shape, torch.float16)
 
 
 def test_no_head_is_no_error(tmp_path, shape):
     assert read_head(tmp_path, shape) is None
     (tmp_path / FILE).write_bytes(b"no tensors")
-    with pytest.raises(HeadError, match="is not safetensors"):
+    with pytest.raises(HeadError, match="cannot be read as safetensors"):
+        read_head(tmp_path, shape)
+    (tmp_path / FILE).rename(tmp_path / "elsewhere")
+    (tmp_path / FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HeadError, match="no file but a link or folder"):
+        read_head(tmp_path, shape)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(HeadError, match="no file but a link or folder"):
         read_head(tmp_path, shape)
 
 
