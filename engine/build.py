@@ -81,7 +81,7 @@ def find_adapters(adapters: tuple[Adapter, ...], model: Model, targets: tuple[st
             continue
         try:
             weights = read_adapter(root, adapter.name, shape, targets, adapter.rank)
-            head = read_head(folder_of(root, adapter.name), shape)
+            head = read_head(folder_of(root, adapter.name), shape, model.dtype)
             host = packed(weights, projections, shape.layers, model.dtype, pinned=pinned)
         except (AdapterError, HeadError) as error:
             found.reasons[adapter.name] = str(error)

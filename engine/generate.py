@@ -31,13 +31,13 @@ from traces.assign import make_adapters as named_adapters
 from traces.request import Adapter, Trace
 
 FORMS = {
-    "llava": ("USER: ", "\n", "{} ASSISTANT:"),
+    "llava": ("USER: ", "{}\n", "{} ASSISTANT:"),
     "qwen2_vl": (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>",
-        "<|vision_end|>", "{}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+        "<|vision_start|>{}<|vision_end|>", "{}<|im_end|>\n<|im_start|>assistant\n",
     ),
 }  # fmt: skip
-"""Text before an image, behind it, and around the question, as the two families were trained."""
+"""Text before all, around each image and around the question, as the two families were trained."""
 
 
 class StopAtEnd(WallClock):
@@ -66,7 +66,7 @@ def generate(args: argparse.Namespace) -> int:
     tokenizer = None
     if args.prompt is not None:
         tokenizer = _tokenizer(model)
-        ids = _formed(args.prompt, len(images), model.shape, tokenizer)
+        ids = formed(args.prompt, len(images), model.shape.family, model.shape.image_token_id, tokenizer)
     else:
         ids = _numbers(args.ids, model.shape)
     if args.head:
@@ -150,18 +150,22 @@ def with_images(ids: list[int], images: list[torch.Tensor], shape: ModelShape) -
     return Prompt(np.array(out, np.int32), tuple(starts), list(images))
 
 
-def _formed(text: str, images: int, shape: ModelShape, tokenizer) -> list[int]:
-    """Token ids of a question about `images` images."""
-    before, behind, around = FORMS[shape.family]
-    head, opened = before.removesuffix("<|vision_start|>"), before.endswith("<|vision_start|>")
-    ids = list(tokenizer(head, add_special_tokens=True)["input_ids"])
-    for _ in range(images):
-        if opened:
-            ids += tokenizer("<|vision_start|>", add_special_tokens=False)["input_ids"]
-        ids.append(shape.image_token_id)
-        ids += tokenizer(behind, add_special_tokens=False)["input_ids"]
-    question = tokenizer(around.format(text), add_special_tokens=False)["input_ids"]
-    return ids + [token for token in question if token != shape.image_token_id]
+def formed(text: str, images: int, family: str, image_token_id: int, tokenizer) -> list[int]:
+    """Token ids of a question about `images` images, one image token each. ModelError if the tokenizer knows none.
+
+    The whole is tokenised at once, as transformers does it: what a word becomes depends on what stands before it.
+    """
+    before, image, around = FORMS[family]
+    mark = tokenizer.convert_ids_to_tokens(image_token_id) if images else ""
+    said = before + images * image.format(mark) + around.format(text)
+    ids, left = [], images
+    for token in map(int, tokenizer(said)["input_ids"]):
+        if token != image_token_id or left:
+            ids.append(token)
+        left -= token == image_token_id and left > 0  # further ones are the question's, and no images
+    if left:
+        raise ModelError(f"the tokenizer does not know the image token {image_token_id} ({mark!r}); put the model's there")
+    return ids
 
 
 def _queries(path: Path, ids: list[int], shape: ModelShape) -> list[int]:

@@ -17,6 +17,7 @@ from engine.models import ModelShape
 
 FILE = "vision_head.safetensors"
 MAX_CLASSES, MAX_QUERIES = 100_000, 256
+REAL, WHOLE = ("F32", "F16", "BF16"), ("I64", "I32")
 
 
 class HeadError(ValueError):
@@ -58,11 +59,14 @@ class TaskHead:
         return Detection(best.indices, boxes, best.values)
 
 
-def read_head(folder: Path, shape: ModelShape) -> TaskHead | None:
-    """The head in an adapter's folder; None where there is none. HeadError if it is not one for this model."""
+def read_head(folder: Path, shape: ModelShape, dtype: torch.dtype = torch.float32) -> TaskHead | None:
+    """The head in an adapter's folder; None where there is none. HeadError if it is not one for this model, or has values
+    that `dtype`, in which it will run, does not hold."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / FILE
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise HeadError(f"{path}: is no file but a link or folder; copy the file there")
     if not path.exists():
         return None
     try:
@@ -78,14 +82,17 @@ def read_head(folder: Path, shape: ModelShape) -> TaskHead | None:
             for name, size in sizes.items():
                 if size != expected[name] or not 1 <= count <= MAX_CLASSES:
                     raise HeadError(f"{path}: {name} has shape {size}, expected {expected[name]}, 1..{MAX_CLASSES} classes")
+                kind, kinds = file.get_slice(name).get_dtype(), WHOLE if name == "queries" else REAL
+                if kind not in kinds:
+                    raise HeadError(f"{path}: {name} is {kind}; expected one of {', '.join(kinds)}")
             tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise HeadError(f"{path}: is not safetensors ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"{path}: cannot be read as safetensors ({error})") from None
     queries = int(tensors.pop("queries")[0]) if "queries" in tensors else 1
     if not 1 <= queries <= MAX_QUERIES:
         raise HeadError(f"{path}: queries {queries} is outside 1..{MAX_QUERIES}")
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        raise HeadError(f"{path}: holds values that are not finite")
+    if not all(bool(torch.isfinite(tensor.to(dtype)).all()) for tensor in tensors.values()):
+        raise HeadError(f"{path}: holds values that are not finite in {str(dtype).removeprefix('torch.')}")
     return TaskHead(
         tensors["classes.weight"], tensors["classes.bias"], tensors.get("boxes.weight"), tensors.get("boxes.bias"), queries
     )

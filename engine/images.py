@@ -1,7 +1,8 @@
 """Images as the vision towers take them, from files, checked and capped.
 
-Resized to the model's one size: LLaVA-1.5 336 x 336 (short side, then the centre), Qwen2-VL 448 x 448 (both sides); CLIP's
-mean and deviation for both. Local files only, nothing is fetched. It knows pixels, not prompts.
+Turned upright as EXIF says and resized to the model's one size: LLaVA-1.5 336 x 336 (short side, then the centre), bit for
+bit as transformers does it on a CPU; Qwen2-VL 448 x 448 (both sides); CLIP's mean and deviation for both. Local files only,
+nothing is fetched. It knows pixels, not prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class ImageError(ValueError):
 
 def load_image(path: str | Path, shape: ModelShape) -> torch.Tensor:
     """Pixels of an image file for the model. ImageError where it is too large, too small or not an image."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if "://" in str(path):
         raise ImageError(f"{path}: is a URL; images come from local files only")
@@ -44,15 +45,15 @@ def load_image(path: str | Path, shape: ModelShape) -> torch.Tensor:
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         width, height = image.size  # known before the pixels are decoded
         if width * height <= MAX_PIXELS and min(width, height) >= MIN_SIDE:
-            image = image.convert("RGB")
+            image = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:  # whatever the decoder met; its text may quote memory
         raise ImageError(f"{path}: is not one of {', '.join(FORMATS)}, or is damaged") from None
     if width * height > MAX_PIXELS or min(width, height) < MIN_SIDE:
         raise ImageError(f"{path}: {width} x {height} pixels; from {MIN_SIDE} a side to {MAX_PIXELS} in all are taken")
-    size = shape.image_size
+    size, (width, height) = shape.image_size, image.size
     if shape.family == "llava":
-        scale = size / min(width, height)
-        image = image.resize((max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC)
+        short = min(width, height)
+        image = image.resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         image = image.crop((left, top, left + size, top + size))
     else:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ VIDEO_IMAGES = {"llava": 3, "qwen2_vl": 6}
 QWEN_IMAGE_SIZE = 448
 TINY_IMAGE_SIZE = 56
 INIT_STD = 0.02
+SKIPPED = re.compile(r"(^|\.)(vision_tower|visual)\.")
+"""Tensors of a checkpoint that may go unread: of the vision tower, whose last norm and pooling head nobody asks for."""
 ALIGNMENT_BYTES = 16
 
 
@@ -187,6 +190,8 @@ def shape_of(name: str, config: PreTrainedConfig) -> ModelShape:
         raise ModelError(f"{name}: sliding window attention is not supported")
     if text.hidden_act != "silu" or getattr(text, "mlp_bias", False):
         raise ModelError(f"{name}: hidden_act {text.hidden_act!r} or mlp_bias is not supported, only silu without bias")
+    if getattr(text, "attention_bias", False):  # Llama's, on o_proj too; Qwen2-VL has one on q, k, v and no such setting
+        raise ModelError(f"{name}: attention_bias is not supported; take a checkpoint without, as LLaVA-1.5 is published")
     vision = config.vision_config
     if family == "llava":
         size, side = vision.image_size, vision.image_size // vision.patch_size
@@ -247,6 +252,12 @@ def load_checkpoint(directory: str | Path, *, dtype: torch.dtype, device: str, a
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{path}: {len(missing)} weights are missing, the first is {missing[0]}")
+    unread = sorted(key for key in info["unexpected_keys"] if not SKIPPED.search(key))
+    if unread:
+        raise ModelError(
+            f"{path}: {len(unread)} tensors have no place in {FAMILIES[family]} ({', '.join(unread[:3])}): without them its "
+            "answers would be wrong; take a checkpoint of that model"
+        )
     hf = hf.to(device)
     for weight in (weight for weight in hf.parameters() if weight.data_ptr() % ALIGNMENT_BYTES):
         weight.data = weight.data.clone()  # mapped from the file, where a weight may lie anywhere; folding needs it aligned

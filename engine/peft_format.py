@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
     "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
     "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights", "ensure_weight_tying",
-    "rank_pattern", "alpha_pattern",
+    "rank_pattern", "alpha_pattern", "eva_config",
 }  # fmt: skip
 """Keys of the configuration that are understood, or do not change what a trained adapter computes."""
 NEUTRAL = {"bias": ("none",)}
@@ -40,6 +41,8 @@ PATTERN = re.compile(r"[\w.^$|()\[\]\\*+?-]{1,200}")
 HARD = re.compile(r"\)[*+?]")
 """A pattern of an adapter's is run over a few hundred names; none of these keeps it from taking forever."""
 MOST_REPEATS = 3
+MAX_SCALE = float(np.finfo(np.float32).max)
+"""Scales lie beside the operator's tables in float32."""
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?:model\.language_model|language_model\.model|language_model|model)\.layers\.(\d+)\."
     r"(self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)\.lora_([AB])(?:\.\w+)?\.weight"
@@ -89,6 +92,8 @@ def read_adapter(root: str | Path, name: str, shape: ModelShape, targets: tuple[
                  rank: int | None = None) -> AdapterWeights:
     """Adapter `name` below `root`, checked. rank: what it must have, if that is known. Raises AdapterError."""
     folder = folder_of(root, name)
+    if (folder / CONFIG).is_symlink():
+        raise AdapterError(f"{folder / CONFIG}: is a link, which may lead anywhere; copy the file there")
     scaling = _checked_config(folder / CONFIG)
     if rank is not None and scaling.largest != rank:
         raise AdapterError(
@@ -145,6 +150,8 @@ def _checked_config(path: Path) -> Scaling:
     for key, value in config.items():
         if key not in HARMLESS and value and value not in NEUTRAL.get(key, ()):
             raise AdapterError(f"{path}: {key} = {json.dumps(value)[:80]} is not supported; plain LoRA and rsLoRA are")
+    if type(config.get("use_rslora", False)) is not bool:
+        raise AdapterError(f"{path}: use_rslora {config['use_rslora']!r} is neither true nor false")
     if config.get("init_lora_weights", True) not in PLAIN_INITS:
         raise AdapterError(f"{path}: init_lora_weights {config['init_lora_weights']!r} changes the base model; convert it")
     patterns = {}
@@ -172,8 +179,8 @@ def _check_rank(path: Path, what: str, r: object) -> None:
 
 
 def _check_alpha(path: Path, what: str, alpha: object) -> None:
-    if type(alpha) not in (int, float) or not np.isfinite(alpha):
-        raise AdapterError(f"{path}: {what} {alpha!r} is not a number")
+    if type(alpha) not in (int, float) or not abs(alpha) <= MAX_SCALE:
+        raise AdapterError(f"{path}: {what} {alpha!r:.40} is not a number that float32 holds")
 
 
 def _check_pattern(path: Path, what: str, pattern: str) -> None:
@@ -295,6 +302,7 @@ def write_adapter(root: str | Path, weights: AdapterWeights, model: str,
         "target_modules": rf".*language_model.*\.({'|'.join(modules)})",
     }  # fmt: skip
     partial = folder.with_name(f".{weights.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a write that failed
     partial.mkdir(parents=True)
     save_file(tensors, partial / WEIGHTS, {"format": "pt"})
     if extra:

@@ -121,6 +121,8 @@ class LoraPool:
             raise LoraError(f"slot {slot} is taken; call release({slot}) first")
         if not 1 <= rank <= MAX_RANK:
             raise LoraError(f"rank {rank} of slot {slot} is outside 1..{MAX_RANK}")
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise LoraError(f"scale {scale} of slot {slot} is not a number that float32 holds")
         padded = -(-rank // RANK_ALIGN) * RANK_ALIGN
         fit = next((i for i, (_, length) in enumerate(self._free) if length >= padded), None)
         if fit is None:

@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 
 from engine.fusion.metrics import Box
-from engine.generate import FORMS
+from engine.generate import formed
 
 QUERIES = 8
 """Positions appended for a box head, each of which may answer one box."""
-VISION_START = "<|vision_start|>"
 BOXES = re.compile(r"([^\[\];]*)\[\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*,\s*(\d{1,3})\s*\]")
 NOTHING = "nothing"
 
@@ -35,17 +34,16 @@ class Packed(NamedTuple):
 
 
 class Wording:
-    """The prompts of one model. family: of `engine.generate.FORMS`. image_token_id: the query ids lie before it."""
+    """The prompts of one model. family: of `engine.generate.FORMS`. image_token_id: the query ids lie before it. ModelError
+    for a tokenizer without it."""
 
     def __init__(self, family: str, tokenizer, image_token_id: int):
         self.tokenizer = tokenizer
         self.eos = int(tokenizer.eos_token_id)
-        before, behind, self._around = FORMS[family]
-        opening = self._ids(VISION_START) if before.endswith(VISION_START) else []
-        self._behind = self._ids(behind)
-        first = tokenizer(before.removesuffix(VISION_START), add_special_tokens=True)["input_ids"]
-        self.lead = [*(int(i) for i in first), *opening]
-        self.between = [*self._behind, *opening]
+        self._family, self._image = family, image_token_id
+        ids = self._formed("", 2)
+        first, second = (number for number, token in enumerate(ids) if token == image_token_id)
+        self.lead, self.between = ids[:first], ids[first + 1 : second]
         end = min([i for i in tokenizer.all_special_ids if i > 1000] + [image_token_id])
         self.query_ids = list(range(end - QUERIES, end))
         self._fixed: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -53,9 +51,13 @@ class Wording:
     def _ids(self, text: str) -> list[int]:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]] if text else []
 
+    def _formed(self, question: str, images: int) -> list[int]:
+        return formed(question, images, self._family, self._image, self.tokenizer)
+
     def tail(self, question: str, queries: bool = False) -> list[int]:
         """Ids after the images; with `queries` the positions that a box head reads."""
-        return self._behind + self._ids(self._around.format(question)) + (self.query_ids if queries else [])
+        ids = self._formed(question, 1)
+        return ids[ids.index(self._image) + 1 :] + (self.query_ids if queries else [])
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer with its end."""

@@ -159,10 +159,14 @@ class Workbench:
         return kept
 
     def _scaled(self, path: Path, boxes: tuple[Box, ...]) -> tuple[Box, ...]:
-        """Boxes in 0..1 of what the model sees: LLaVA's square is cut from the middle, Qwen2-VL's is the whole, squeezed."""
-        from PIL import Image
+        """Boxes in 0..1 of what the model sees: LLaVA's square is cut from the middle, Qwen2-VL's is the whole, squeezed.
+
+        A row's boxes are of the image as it is looked at, upright as EXIF says.
+        """
+        from PIL import Image, ImageOps
 
         with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)  # decodes only what has to be turned
             width, height = image.size
         left, top, wide, high = 0.0, 0.0, float(width), float(height)
         if self.model.shape.family == "llava":

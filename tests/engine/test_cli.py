@@ -253,6 +253,66 @@ def test_a_checkpoint_that_cannot_be_trusted_is_refused(tmp_path, model, change,
         load_checkpoint(tmp_path, dtype=torch.float32, device="cpu")
 
 
+def test_a_decoder_with_a_bias_on_the_attention_s_output_is_refused(tmp_path):
+    """Llama's attention_bias is on o_proj too, which the engine leaves out; Qwen2-VL's own, on q, k, v, is served."""
+    from transformers import LlavaForConditionalGeneration
+
+    from engine.models import ModelError, config_of, load_checkpoint, shape_of
+
+    config = config_of("tiny-llava")
+    config.text_config.attention_bias = True
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="attention_bias is not supported; take a checkpoint without"):
+        load_checkpoint(tmp_path, dtype=torch.float32, device="cpu")
+    assert shape_of("tiny-qwen2-vl", config_of("tiny-qwen2-vl")).family == "qwen2_vl"
+
+
+@pytest.mark.parametrize(
+    ("key", "taken"),
+    [
+        ("language_model.model.layers.0.self_attn.q_norm.weight", False),
+        ("language_model.model.layers.2.input_layernorm.weight", False),
+        ("multi_modal_projector.linear_3.weight", False),
+        ("something.weight", False),
+        ("language_model.model.layers.0.self_attn.rotary_emb.inv_freq", True),  # of older checkpoints
+        ("vision_tower.vision_model.embeddings.position_ids", True),
+        ("vision_tower.vision_model.head.weight", True),
+    ],
+)
+def test_tensors_without_a_place_are_refused_unless_they_change_nothing(tmp_path, key, taken):
+    from safetensors.torch import load_file, save_file
+
+    from engine.models import ModelError, load_checkpoint, random_model
+
+    random_model("tiny-llava", dtype=torch.float32, device="cpu").hf.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {key: torch.ones(16)}, file, {"format": "pt"})
+    if taken:
+        assert load_checkpoint(tmp_path, dtype=torch.float32, device="cpu").shape.layers == 2
+        return
+    with pytest.raises(ModelError, match=f"1 tensors have no place .*{key.rpartition('.')[0].rpartition('.')[2]}"):
+        load_checkpoint(tmp_path, dtype=torch.float32, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "tiny-qwen2-vl"])
+def test_a_head_tied_to_the_embedding_is_read_with_its_copy_and_without(tmp_path, name):
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from engine.models import FAMILIES, config_of, load_checkpoint
+
+    config = config_of(name)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    getattr(transformers, FAMILIES[config.model_type])(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embedding = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    for copied in ({}, {"lm_head.weight": tensors[embedding].clone()}):
+        save_file(tensors | copied, file, {"format": "pt"})
+        hf = load_checkpoint(tmp_path, dtype=torch.float32, device="cpu").hf
+        assert torch.equal(hf.lm_head.weight, hf.model.language_model.embed_tokens.weight)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_steps_are_timed_on_a_gpu_only(capsys):
     from engine.step_bench import main as bench

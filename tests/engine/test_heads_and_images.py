@@ -1,5 +1,7 @@
 """Task heads end a request after its prefill; images are checked before they are decoded."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -55,6 +57,9 @@ def test_chunks_do_not_change_what_a_detector_says(world, trace, shape, tmp_path
     torch.testing.assert_close(boxes[0], boxes[1], rtol=0, atol=1e-5)
 
 
+DETECTS = {"boxes.weight": torch.zeros(4, 64), "boxes.bias": torch.zeros(4)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -64,18 +69,30 @@ def test_chunks_do_not_change_what_a_detector_says(world, trace, shape, tmp_path
         ({"other": torch.zeros(1)}, "expected classes"),
         ({"boxes.weight": torch.zeros(4, 64)}, "expected classes"),
         ({"classes.weight": torch.zeros(0, 64), "classes.bias": torch.zeros(0)}, r"1\.\.100000 classes"),
+        ({"classes.bias": torch.zeros(7, dtype=torch.int32)}, "classes.bias is I32; expected one of F32, F16, BF16"),
+        ({"classes.bias": torch.zeros(7, dtype=torch.float8_e4m3fn)}, "classes.bias is F8_E4M3"),
+        ({"classes.bias": torch.full((7,), 1e30)}, "not finite in float16"),
+        (DETECTS | {"queries": torch.tensor([2.7])}, "queries is F32; expected one of I64, I32"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(tmp_path, shape, change, words):
     save_file(random_head(shape, 7, torch.Generator().manual_seed(0)) | change, tmp_path / FILE)
     with pytest.raises(HeadError, match=words):
-        read_head(tmp_path, shape)
+        read_head(tmp_path, shape, torch.float16)
 
 
 def test_no_head_is_no_error(tmp_path, shape):
     assert read_head(tmp_path, shape) is None
     (tmp_path / FILE).write_bytes(b"no tensors")
-    with pytest.raises(HeadError, match="is not safetensors"):
+    with pytest.raises(HeadError, match="cannot be read as safetensors"):
+        read_head(tmp_path, shape)
+    (tmp_path / FILE).rename(tmp_path / "elsewhere")
+    (tmp_path / FILE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HeadError, match="no file but a link or folder"):
+        read_head(tmp_path, shape)
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(HeadError, match="no file but a link or folder"):
         read_head(tmp_path, shape)
 
 
@@ -97,6 +114,51 @@ def test_qwen2_vl_patches_are_those_of_transformers():
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
     got = arranged((torch.from_numpy(raw).float() / 255 - mean) / deviation, shape)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def oriented(path, size, orientation=None):
+    """A file of noise; with EXIF's orientation, where it is given."""
+    grain = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    Image.fromarray(grain).resize(size, Image.Resampling.BICUBIC).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation"),
+    [((427, 640), None), ((640, 427), None), ((333, 500), None), ((57, 101), None), ((3, 4), None), ((336, 336), None)]
+    + [((427, 640), orientation) for orientation in range(1, 9)],
+)
+def test_llava_s_pixels_are_those_of_transformers_bit_for_bit(tmp_path, shape, size, orientation):
+    from transformers import CLIPImageProcessorPil
+    from transformers.image_utils import load_image as loaded
+
+    path, side = oriented(tmp_path / "x.png", size, orientation), shape.image_size
+    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    assert torch.equal(load_image(path, shape), processor(loaded(str(path)), return_tensors="pt")["pixel_values"][0])
+
+
+def test_qwen2_vl_sees_an_image_upright(tmp_path):
+    tiny = shape_of("tiny-qwen2-vl", config_of("tiny-qwen2-vl"))
+    path = oriented(tmp_path / "x.png", (61, 90), 6)
+    upright = tmp_path / "upright.png"
+    Image.open(path).transpose(Image.Transpose.ROTATE_270).save(upright)
+    assert torch.equal(load_image(path, tiny), load_image(upright, tiny))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_boxes_are_of_the_upright_image(tmp_path, family):
+    pytest.importorskip("peft")
+    pytest.importorskip("scipy")
+    from engine.fusion.metrics import Box
+    from engine.fusion.workbench import Workbench
+
+    bench = SimpleNamespace(model=SimpleNamespace(shape=SimpleNamespace(family=family)))
+    path = oriented(tmp_path / "x.png", (90, 60), 6)  # 60 x 90 upright; LLaVA sees the rows 15 to 75
+    (box,) = Workbench._scaled(bench, path, (Box("car", 15, 30, 45, 60),))
+    assert box[1:5] == pytest.approx((0.25, 0.25, 0.75, 0.75) if family == "llava" else (0.25, 1 / 3, 0.75, 2 / 3))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n" + b"\0" * 50, b"<svg/>"])

@@ -100,6 +100,10 @@ def test_older_key_layouts_are_read(root, shape, layout):
         ({"r": 8}, r"lora_A.weight has shape \[4, 128\], expected \[8, 128\]"),
         ({"lora_alpha": None}, "lora_alpha None is not a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan is not a number"),
+        ({"lora_alpha": 1e300}, r"lora_alpha 1e\+300 is not a number that float32 holds"),
+        ({"lora_alpha": 10**400}, "lora_alpha 1000000000000000000000000000000000000000 is not a number"),
+        ({"use_rslora": 1}, "use_rslora 1 is neither true nor false"),
+        ({"use_rslora": "true"}, "use_rslora 'true' is neither"),
     ],
 )
 def test_a_configuration_that_would_change_the_result_is_refused(root, shape, changes, words):
@@ -192,6 +196,33 @@ def test_a_link_out_of_the_root_is_refused(root, tmp_path_factory):
     (root / "link").symlink_to(outside)
     with pytest.raises(AdapterError, match="leads out of"):
         folder_of(root, "link")
+
+
+def test_a_configuration_that_is_a_link_is_refused(root, shape):
+    config = root / "good" / "adapter_config.json"
+    config.rename(root / "good" / "other.json")
+    config.symlink_to(root / "good" / "other.json")
+    with pytest.raises(AdapterError, match="is a link"):
+        read_adapter(root, "good", shape)
+
+
+def test_eva_adapters_are_plain_lora(root, shape):
+    change_config(root, init_lora_weights="eva", eva_config={"rho": 2.0})
+    assert read_adapter(root, "good", shape).rank == 4
+
+
+def test_a_write_that_failed_is_in_nobodys_way(root, shape, monkeypatch):
+    from engine import peft_format
+
+    weights = random_adapter(shape, "new", 4, TARGETS, np.random.default_rng(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_format.os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space left"):
+            write_adapter(root, weights, "tiny-llava")
+    with pytest.raises(AdapterError):
+        folder_of(root, "new")
+    write_adapter(root, weights, "tiny-llava")
+    assert read_adapter(root, "new", shape).rank == 4
 
 
 def test_nothing_half_written_and_nothing_overwritten(root, shape):

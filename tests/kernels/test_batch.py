@@ -64,3 +64,12 @@ def test_the_pool_hands_out_rows_and_takes_them_back():
     assert pool.reserve(3, 48) == slice(0, 48)
     with pytest.raises(LoraError, match="holds no adapter"):
         pool.release(0)
+
+
+@pytest.mark.parametrize("scale", [1e300, float("inf"), float("nan")])
+def test_a_scale_that_the_table_does_not_hold_reserves_nothing(scale):
+    pool = LoraPool({"o": Projection(16, (16,))}, layers=1, slots=2, rows=32)
+    with pytest.raises(LoraError, match="not a number that float32 holds"):
+        pool.reserve(0, 16, scale)
+    assert pool.ranks == [0, 0]
+    assert pool.reserve(0, 32) == slice(0, 32)
