@@ -26,12 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.batch import Key, LoraPool
+from kernels.batch import MAX_RANK, Key, LoraPool
 
 NO_SLOT = -1
 """The slot that stands for the plain weights."""
 
-MAX_RANK = 256
 FORMS = ("golden", "in_place")
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 VECTOR = 8  # elements: rows of any supported type then start on 16-byte boundaries
@@ -273,7 +272,7 @@ class WeightSwitch:
             return
         for plus, minus in self.passes(slot, self.merged):
             self.launch(plus, minus, self.tile(plus, minus))
-        self.merged = slot
+            self.merged = plus  # between two passes the weights are plain, and the second may fail
 
     def passes(self, plus: int, minus: int) -> list[tuple[int, int]]:
         """(plus, minus) of each launch of a change: one, but two for ranks over 128 in place, to the same bits."""

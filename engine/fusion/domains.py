@@ -53,7 +53,7 @@ class DomainError(ValueError):
 class Example:
     """images: paths, one, or a video's frames in order. answers: accepted texts, the first is trained on (a label is one).
 
-    boxes: corners in pixels of the first image; `engine.fusion.batches` scales them.
+    boxes: corners in pixels of the first image; `engine.fusion.workbench` scales them.
     """
 
     images: tuple[Path, ...]

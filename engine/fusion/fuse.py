@@ -67,6 +67,7 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
     output = Path(output)
     again = partial(open_runs, model, domains_yaml, output, options.recipe, device, deadline, options.graphs)
     runs = again(log=log)
+    again = partial(again, digest=runs.digest)  # hashing 14 GB once will do
     count = options.workers or default_workers(runs.bench)
     log(f"{len(runs.bench.domains)} domains, {count} worker{'s' if count > 1 else ''}")
     with Workers(runs, again, count) as workers:
@@ -84,10 +85,10 @@ def fuse(model: str | Path, domains_yaml: str | Path, output: str | Path, option
 
 
 def open_runs(model: str | Path, domains_yaml: str | Path, output: Path, recipe: Recipe, device: str, deadline: float | None,
-              graphs: bool = True, *, log: Callable[[str], None]) -> Runs:
-    """The base model, the domains, and what has been trained so far; the same in each process."""
+              graphs: bool = True, *, digest: str | None = None, log: Callable[[str], None]) -> Runs:
+    """The base model, the domains, and what has been trained so far; the same in each process. digest: theirs, if known."""
     domains = load_domains(domains_yaml)
-    digest = digest_of(Path(model), domains)
+    digest = digest or digest_of(Path(model), domains)
     bench = open_workbench(model, domains, rank=recipe.rank, alpha=recipe.alpha, dropout=recipe.dropout, device=device,
                            deadline=deadline, store=output / "features" / digest[:12], graphs=graphs, log=log)  # fmt: skip
     return Runs(bench, output / "runs", recipe, digest)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ STORED_BYTES = 1 << 29
 PAD = 8
 ENCODE_BATCH = 64
 NO_OBJECT = "no object"
+MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""Weights, configuration and tokenizer: what a model is made of, and not its README."""
 
 
 @dataclass(frozen=True)
@@ -251,16 +254,37 @@ def open_workbench(directory: str | Path, domains: tuple[Domain, ...], *, rank: 
 
 
 def digest_of(directory: Path, domains: Sequence[Domain]) -> str:
-    """A hash of the base model's configuration and weights' sizes, and of every domain's rows: what results depend on."""
+    """A hash of all that results depend on: every byte of the model's files and of the images, and every domain's rows.
+
+    Whole files, no samples of them: a model that differs in a few rows of its embeddings alone is another one. 14 GB take
+    some 10 s, once a call (and are then in memory for the loading), where the trainings take minutes to hours. What was
+    stored under the earlier hash of sizes and names is never found again. ModelError, DomainError: a file cannot be read.
+    """
     told = hashlib.sha256()
-    for path in sorted(directory.glob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            told.update(f"{path.name} {path.stat().st_size}".encode())
-    told.update((directory / "config.json").read_bytes())
+    files = [path for path in sorted(directory.glob("*")) if path.suffix in MODEL_FILES and path.is_file()]
+    for path, content in _contents(files, ModelError).items():
+        told.update(repr((path.name, content)).encode())
+    every = (example for domain in domains for split in SPLITS for example in domain.examples[split])
+    images = _contents({path: None for example in every for path in example.images}, DomainError)
     for domain in domains:
         told.update(repr((domain.name, domain.task, domain.metric, domain.head)).encode())
         for split in SPLITS:
             for example in domain.examples[split]:
-                names = [path.name for path in example.images]
-                told.update(repr((names, example.question, example.answers, example.boxes)).encode())
+                seen = [images[path] for path in example.images]
+                told.update(repr((split, seen, example.question, example.answers, example.boxes)).encode())
     return told.hexdigest()
+
+
+def _contents(paths: Iterable[Path], error: type[Exception]) -> dict[Path, str]:
+    """SHA-256 of each file, in the order given, some at once. `error` names one that cannot be read."""
+    paths = list(paths)
+    with ThreadPoolExecutor() as pool:  # hashing and reading leave the interpreter free
+        return dict(zip(paths, pool.map(partial(_content, error=error), paths), strict=True))
+
+
+def _content(path: Path, error: type[Exception]) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as why:
+        raise error(f"{path}: cannot be read ({why.strerror})") from None

@@ -3,7 +3,8 @@
 `OPERATORS` names them; `operator(name)` imports one on demand. Each module documents the technique, its paper and what
 is simplified, and says in CAPTURE how it goes into a CUDA graph:
 * "free": a replay serves any batch of the captured size, if `inputs.refresh(batch)` was captured before it;
-* "frozen": a replay serves the very segments that were captured, since the host decided them.
+* "frozen": a replay serves the very segments, or the very adapters in the pool, that were captured, since the host looked
+  at them. The engine, whose graphs outlive both, launches such an operator kernel by kernel.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Grouped GEMM through torch: rows sorted by adapter, then `torch.nn.functional.grouped_mm` for each of the two
 products.
 
-One group a slot of the pool, empty ones included, so that the group ends may change between two replays of a graph.
+One group a slot of the pool, empty ones included: the group ends, which lie on the device, are all that a batch changes.
 The rows of y are added to by a kernel of our own, since the grouped product can neither accumulate nor scatter.
 
 At its best where the pool's adapters all have one rank and lie evenly spaced: then the pool is read where it lies.
 Else the factors are first copied into an evenly spaced stack, padded with zeros to the largest rank, at every call: a
-system built on grouped GEMM would pad its whole pool instead.
+system built on grouped GEMM would pad its whole pool instead. Which of the two it is, the largest rank and the spacing are
+shapes and strides of the product, hence the host's: a captured graph would go on with them after another adapter came.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import triton.language as tl
 from torch.nn import functional
 
 from kernels.baselines.inputs import checked, lies_sorted, segments
-from kernels.batch import Key, LoraBatch, LoraPool
+from kernels.batch import Key, LoraBatch, LoraError, LoraPool
 
-CAPTURE = "free"
+CAPTURE = "frozen"
 
 
 @triton.jit(do_not_specialize=["last_slot"])
@@ -77,8 +78,11 @@ def stacked(factor: torch.Tensor, pool: LoraPool) -> torch.Tensor:
 
 def even_spacing(pool: LoraPool) -> tuple[int, int] | None:
     """(first row, rows between slots) if all adapters have one rank and slot j starts at first + j * spacing, inside
-    the pool for every slot; None otherwise."""
+    the pool for every slot; None otherwise. LoraError for a pool without an adapter, which has neither."""
     used = [slot for slot, rank in enumerate(pool.ranks) if rank]
+    if not used:
+        raise LoraError(f"none of the {pool.slots} slots holds an adapter, so grouped has no rank to compute with; load one "
+                        "first, with put(0, ...)")  # fmt: skip
     rank = pool.ranks[used[0]]
     spacing = rank
     if len(used) > 1:

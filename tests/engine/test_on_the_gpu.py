@@ -82,7 +82,7 @@ def test_the_first_logits_are_those_of_the_cpu(run, world, trace, model, name):
     model.cache_clear()  # its weights were overwritten
 
 
-@pytest.mark.parametrize("operator", [None, "slora", "vllm"])
+@pytest.mark.parametrize("operator", [None, "slora", "vllm", "grouped"])
 def test_a_replay_on_the_wall_clock_overlaps_loads_and_steps(run, operator):
     _, tokens = run("tiny-llava", "valora", graphs=True, wall=True, operator=operator)
     assert len(tokens) == 10

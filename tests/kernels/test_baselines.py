@@ -1,6 +1,7 @@
 """Every rival, in each of its forms, against the float32 reference: mixed ranks, fused widths, any order of rows."""
 
 import random
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kernels.reference import reference, relative_error
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 OPS = {name: baselines.operator(name) for name in baselines.OPERATORS}
+FREE = [name for name, module in baselines.OPERATORS.items() if import_module(module).CAPTURE == "free"]
 CHOICES = ((punica, "bgmv", "sgmv"), (slora, "mbgmv", "mbgmm"), (dlora, "gathered", "einsum"))
 FORMS = {name: OPS[name] for name in ("vllm", "grouped", "loop", "peft")} | {
     form: getattr(module, form) for module, *forms in CHOICES for form in forms
@@ -172,6 +174,29 @@ def test_grouped_reads_an_even_pool_where_it_lies_and_copies_an_uneven_one():
     assert copied.shape == (2, 48, 64)
     assert not copied[0, 16:].any()
     assert torch.equal(copied[1], a[0][16:64])
+    with pytest.raises(LoraError, match="none of the 4 slots holds an adapter"):
+        grouped.stacked(a[0], make_pool((), torch.float16, slots=4))
+
+
+@pytest.mark.parametrize("tokens", [1, 97])
+@pytest.mark.parametrize("name", FREE)
+def test_what_a_graph_captures_asks_the_host_nothing_about_the_adapters(name, tokens, monkeypatch):
+    """The engine captures before any adapter is there, and replays after others came: either form, on an empty pool."""
+    monkeypatch.setattr(dlora, "GATHER_LAUNCH_ROWS", 0)
+    pool, key = make_pool((), torch.float16, slots=4), (0, "o")
+    batch = LoraBatch(pool, 97)
+    batch.fix(tokens, adapters=4, rank=32)
+    batch.update(np.full(tokens, -1, np.int32))
+    pool.ranks = pool.true_ranks = pool.offsets = pool.scales = None
+    x, y = draw_xy(pool, tokens, key)
+    before = y.clone()
+    inputs.refresh(batch)
+    OPS[name](y, x, pool, batch, key)
+    assert torch.equal(y, before)
+
+
+def test_the_operators_that_a_graph_cannot_hold_are_known():
+    assert set(OPS) - set(FREE) == {"grouped", "loop", "peft"}
 
 
 CHOSEN = {  # module -> tokens of one adapter, form
@@ -212,7 +237,7 @@ def test_bad_calls_are_named():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [n for n in baselines.OPERATORS if n not in ("loop", "peft")])
+@pytest.mark.parametrize("name", FREE)
 def test_a_captured_graph_replays_with_another_batch(name):
     pool = make_pool((16, 16, 16), torch.bfloat16)
     key, batch = (0, "qkv"), LoraBatch(pool, 16)

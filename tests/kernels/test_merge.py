@@ -103,6 +103,25 @@ def test_a_large_rank_in_place_takes_two_launches_and_everything_else_one():
     assert golden.passes(1, 0) == [(1, 0)]
 
 
+def test_a_second_launch_that_fails_leaves_plain_weights_that_are_known_to_be(monkeypatch):
+    switch, _ = world(torch.float32, ranks=(16, 200, 5), form="in_place")
+    switch.to(0)
+    launch = switch.launch
+
+    def fails(plus, minus, tile):
+        if plus == 1:
+            raise RuntimeError("made up")
+        launch(plus, minus, tile)
+
+    monkeypatch.setattr(switch, "launch", fails)
+    with pytest.raises(RuntimeError, match="made up"):
+        switch.to(1)
+    assert switch.merged == NO_SLOT
+    plain = [w.clone() for w in switch.weights]
+    switch.to(NO_SLOT)  # nothing: what was subtracted is not subtracted again
+    assert all(torch.equal(a, b) for a, b in zip(switch.weights, plain, strict=True))
+
+
 def test_tiles_shrink_until_they_fit():
     tile = merge.TILES[128, False]
     assert merge.shared_bytes(tile, 128, False, 2) == 2 * (3 * 128 * (128 + 128) + 128 * 128)

@@ -163,3 +163,49 @@ def test_names_must_differ(tmp_path):
         load_domains(path)
     with pytest.raises(DomainError, match="cannot be read"):
         load_domains(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def digest(tmp_path):
+    """digest() -> of a model with 64 numbers and of one domain about six images, as they lie below `tmp_path`."""
+    workbench = pytest.importorskip("engine.fusion.workbench", exc_type=ImportError)
+    rows = [row | {"label": "x"} for row in rows_of()]
+    yaml = world(tmp_path, rows)
+    for number, row in enumerate(rows):
+        (tmp_path / "a" / row["image"]).write_bytes(bytes([number]) * 300)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "base" / "model.safetensors").write_bytes(bytes(1 << 20))
+    return lambda: workbench.digest_of(tmp_path / "base", load_domains(yaml))
+
+
+def changed(path, at):
+    """Turn one bit of a file, whose name and size stay."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["base/model.safetensors", "base/config.json", "a/heldout1.png", "a/train0.png"])
+def test_results_of_another_model_or_other_images_of_the_same_names_and_sizes_are_others(tmp_path, digest, file):
+    before = digest()
+    (tmp_path / "base" / "README.md").write_text("what it is")
+    assert digest() == before
+    changed(tmp_path / file, (tmp_path / file).stat().st_size // 3)
+    assert digest() != before
+    changed(tmp_path / file, (tmp_path / file).stat().st_size // 3)
+    assert digest() == before
+
+
+def test_images_that_change_places_are_other_data(tmp_path, digest):
+    before = digest()
+    first, second = (tmp_path / "a" / f"train{i}.png" for i in range(2))
+    content = first.read_bytes(), second.read_bytes()
+    first.write_bytes(content[1]), second.write_bytes(content[0])
+    assert digest() != before
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, digest):
+    (tmp_path / "a" / "decide1.png").unlink()
+    with pytest.raises(DomainError, match=r"decide1.png: cannot be read \(No such file"):
+        digest()

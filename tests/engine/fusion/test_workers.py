@@ -76,3 +76,26 @@ def test_a_lock_is_waited_for_until_the_deadline(tmp_path):
     with locked(path, deadline=0.0):
         replace_text(path, "made")
     assert path.read_text() == "made"
+
+
+def test_workers_take_over_the_digest_and_hash_nothing_again(monkeypatch, tmp_path):
+    from engine.fusion import fuse
+
+    seen = types.SimpleNamespace(hashed=0, opened=[])
+
+    def hashed(*_):
+        seen.hashed += 1
+        return "d" * 64
+
+    def ends(runs, again, count):
+        seen.opened = [runs.digest, again(log=None).digest]
+        raise OutOfTime
+
+    monkeypatch.setattr(fuse, "load_domains", lambda path: ())
+    monkeypatch.setattr(fuse, "digest_of", hashed)
+    monkeypatch.setattr(fuse, "open_workbench", lambda *_, **__: types.SimpleNamespace(domains=()))
+    monkeypatch.setattr(fuse, "Workers", ends)
+    with pytest.raises(OutOfTime):
+        fuse.fuse("base", "domains.yaml", tmp_path, fuse.Options(), device="cpu")
+    assert seen.hashed == 1
+    assert seen.opened == ["d" * 64] * 2
