@@ -280,3 +280,11 @@ def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
     out = np.full(size, value, np.int32)
     out[: len(array)] = array
     return out
+
+
+def leave_capture(stream: torch.cuda.Stream, device: torch.device) -> None:
+    """After a capture that failed torch stays on the capture's stream, and its generator refuses new seeds."""
+    torch.cuda.set_stream(stream)
+    torch.cuda.synchronize()
+    fresh = torch.Generator(device).graphsafe_get_state()
+    torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)

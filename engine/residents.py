@@ -48,7 +48,7 @@ class Residents:
                 raise AdapterError(
                     f"adapter {name!r}: rank {weights.rank} is above {lora.rank}, the largest that this engine was made for"
                 )
-            head = read_head(folder_of(self._root, name), shape)
+            head = read_head(folder_of(self._root, name), shape, model.dtype)
             host = packed(
                 weights, lora.pool.projections, shape.layers, model.dtype, pinned=model.device.type == "cuda"
             )  # fmt: skip

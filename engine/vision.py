@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from engine.graphs import recorded
+from engine.graphs import leave_capture, recorded
 from engine.models import Model
 from engine.qwen_vision import QwenVision
 
@@ -31,11 +31,15 @@ class VisionGraphs:
         """Record all buckets, the largest first; none, with a word on stderr, for a tower that a graph cannot hold."""
         if self._graphs:
             return
+        device = self._model.device
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         try:
             for bucket in reversed(BUCKETS):
                 self._graphs[bucket] = self._capture(bucket)
         except RuntimeError as error:  # another version of the tower may ask the host for something
             self._graphs.clear()
+            if stream is not None:
+                leave_capture(stream, device)
             print(f"vision tower: no graphs, launched kernel by kernel: {error}", file=sys.stderr)
 
     @torch.inference_mode()

@@ -8,6 +8,7 @@ time between steps (0 here), and anything that changes with the engine's own ker
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import math
@@ -254,6 +255,7 @@ def analytic_profile(model: str) -> dict:
 
 def main() -> None:
     """Write all analytic profiles."""
+    argparse.ArgumentParser("python -m sim.analytic", description="Write the analytic profiles that ship anew.").parse_args()
     for model in SHAPES:
         path = PROFILES / f"analytic-h200-{model}.json"
         path.write_text(json.dumps(analytic_profile(model), indent=1) + "\n", encoding="utf-8")

@@ -134,6 +134,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
 
+def _is_extrapolated(path: Path) -> bool:
+    """Whether a file is a profile that was made here, which may be made anew."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("kind") == "extrapolated"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def run(args: argparse.Namespace) -> int:
     """Everything between the command line and the exit code."""
     if args.to not in SHEETS:
@@ -145,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     data = json.loads(path.read_text(encoding="utf-8"))
     prefix = "analytic-" if profile.kind == "analytic" else ""
     out = Path(args.out) if args.out else PROFILES / f"{prefix}{args.to}-{profile.model}.json"
+    if out.exists() and not _is_extrapolated(out):
+        raise ValueError(f"{out}: is there already and no extrapolated profile; name another file with --out")
     write(out, extrapolated(data, profile, sheet_of(profile), SHEETS[args.to]))
     print(out)
     return 0

@@ -138,6 +138,9 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.output) if args.output else default_log(Path(args.grid))
     if path.resolve() == Path(args.grid).resolve() or path.suffix == ".csv":
         raise ValueError(f"--output {path}: name a .jsonl file; the table goes beside it as .csv")
+    beside = path.with_suffix(".csv")
+    if beside.exists() and not path.exists():  # a trace, say: no sweep wrote it
+        raise ValueError(f"{beside}: is there already, and the table would replace it; name another --output")
     left = 0
     with ResultLog(path) as log:
         for cell in grid.cells():  # proves every run before the first begins
@@ -160,10 +163,10 @@ def run(args: argparse.Namespace) -> int:
                 progress.close()
         table = Table(grid, log, metrics)
         sys.stdout.write(table.text())
-        table.write_csv(path.with_suffix(".csv"))
+        table.write_csv(beside)
     for variant, axes, error in failed:
         print(f"failed: {' '.join([variant, *(f'{k}={v}' for k, v in axes.items())]).strip()}: {error}", file=sys.stderr)
-    print(f"results {path}, table {path.with_suffix('.csv')}", file=sys.stderr)
+    print(f"results {path}, table {beside}", file=sys.stderr)
     return 1 if failed else 0
 
 

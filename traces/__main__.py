@@ -77,6 +77,8 @@ def _synth(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    if Path(args.output).resolve() == Path(args.input).resolve():
+        raise TraceError(f"{args.output}: is the trace that is read; name another file")
     trace = select(open_trace(args.input, args), args)
     if args.adapter_assign or args.adapters is not None or args.ranks is not None:
         trace = assigned(trace, args)

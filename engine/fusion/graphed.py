@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from engine.graphs import leave_capture
+
 SMALL = 1024
 """Hidden sizes below this are bound by launches."""
 MOST_GRAPHS = 16
@@ -71,7 +73,7 @@ class Graphs:
         except (RuntimeError, AssertionError) as error:
             self._capture = False
             module.__dict__.pop("forward", None)  # that of the class again
-            _leave_capture(stream, device)
+            leave_capture(stream, device)
             self._log(f"no CUDA graph for {key}: {str(error).splitlines()[0][:160]}; steps run without")
 
 
@@ -93,11 +95,3 @@ def _compare(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
         whole = torch.stack([x.norm() for x in a]).norm() if a else torch.zeros(())
         if not float(apart) <= DIFFERENCE * float(whole):
             raise RuntimeError(f"its {what} differ from those of plain launches by {float(apart):.3g} of {float(whole):.3g}")
-
-
-def _leave_capture(stream, device: torch.device) -> None:
-    """After a capture that failed torch stays on the capture's stream, and its generator refuses new seeds."""
-    torch.cuda.set_stream(stream)
-    torch.cuda.synchronize()
-    fresh = torch.Generator(device).graphsafe_get_state()
-    torch.cuda.default_generators[device.index or 0].graphsafe_set_state(fresh)

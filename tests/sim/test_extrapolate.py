@@ -134,3 +134,26 @@ def test_without_a_scatter_there_is_no_bar(tiny_profile, make_trace):
     add_error_bars(run, trace, policy, profile, SimConfig(page_tokens=4), {})
     assert "error_bars" not in summarize(run)
     assert dataclasses.replace(profile, scatter={}) == profile
+
+
+def test_no_profile_that_was_measured_and_no_other_file_is_replaced(measured, tmp_path, capsys):
+    before = measured.read_bytes()
+    trace = tmp_path / "azure.csv"
+    trace.write_text("TIMESTAMP\n")
+    for out in (measured, trace):
+        with pytest.raises(SystemExit):
+            main(["extrapolate", str(measured), "--out", str(out)])
+        assert f"{out}: is there already and no extrapolated profile" in capsys.readouterr().err
+    assert (measured.read_bytes(), trace.read_text()) == (before, "TIMESTAMP\n")
+    out = tmp_path / "new.json"
+    assert [main(["extrapolate", str(measured), "--out", str(out)]) for _ in range(2)] == [0, 0], "its own it makes anew"
+
+
+def test_asking_for_help_writes_no_profile(monkeypatch, capsys):
+    from sim import analytic
+
+    monkeypatch.setattr("sys.argv", ["analytic", "--help"])
+    monkeypatch.setattr(analytic, "analytic_profile", lambda model: pytest.fail("it writes"))
+    with pytest.raises(SystemExit) as code:
+        analytic.main()
+    assert code.value.code == 0

@@ -118,6 +118,15 @@ def test_a_key_knows_contents_and_not_places(tmp_path):
     assert key_of(parse_options({"rate": "4"})) != key_of(parse_options({"rate": "4"}), "a variant")
 
 
+def test_a_file_that_no_sweep_wrote_is_not_replaced(grid, tmp_path, capsys):
+    trace = tmp_path / "azure.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n0,10,2\n")
+    with pytest.raises(SystemExit):
+        main([str(grid()), "--trace", str(trace), "--output", str(tmp_path / "azure.jsonl")])
+    assert "azure.csv: is there already, and the table would replace it" in capsys.readouterr().err
+    assert trace.read_text().endswith("0,10,2\n")
+
+
 # -- runs ---------------------------------------------------------------------------------------------------------------
 def test_a_sweep_prints_means_with_intervals_and_goes_on_where_it_stopped(grid, tmp_path, capsys):
     path = grid()

@@ -169,3 +169,12 @@ def test_importing_traces_brings_no_heavy_package():
     code = f"import sys, traces.options, traces.__main__; print(sorted({heavy} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_convert_does_not_replace_what_it_reads(capsys, tmp_path):
+    path = tmp_path / "azure.csv"
+    assert main(["synth", "conv", "--requests", "5", "--output", str(path)]) == 0
+    before = path.read_bytes()
+    assert main(["convert", str(path), str(tmp_path / "." / "azure.csv")]) != 0
+    assert "is the trace that is read; name another file" in capsys.readouterr().err
+    assert path.read_bytes() == before
