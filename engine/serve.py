@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import signal
 import sys
 import time
@@ -240,6 +241,8 @@ class Signals:
 def model_of(args: argparse.Namespace) -> Model:
     """The model that --model, --device, --dtype and --seed describe."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ModelError(f"--device {device}: there are cpu, cuda and cuda:N; leave it out for what is there")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"--device {device}: torch finds no GPU; leave it out to run on the CPU")
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))

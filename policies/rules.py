@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 def judge(ledger: Ledger, plan: Plan) -> None:
     """Raise PlanError if `plan` breaks a rule. O(1) for a plan that only decodes what `view.decoding` named."""
+    if type(plan) is not Plan:
+        raise PlanError(f"decide() of the policy returned {str(plan)[:60]}; it must return a policies.plan.Plan")
     pool, limits = ledger.pool, ledger.limits
     mode, merged, prefills, decodes, loads, evicts, preempts, aborts, _, _ = plan
     if merged >= 0 or mode not in (BASE, UNMERGED):

@@ -91,7 +91,18 @@ def build_parser() -> SuggestingParser:
 
 def find_profile(name: str | None, model: str) -> Profile:
     """The profile named, by file, by name, or by the GPU that its name begins with (a100-80gb: of any model); else the
-    model's measured one, else its analytic one."""
+    model's measured one, else its analytic one. ProfileError for none, and for one of another model than was asked for (the
+    default model is nobody's wish)."""
+    profile = _named_profile(name, model)
+    if model in MODELS[1:] and profile.model in MODELS and profile.model != model:
+        raise ProfileError(
+            f"profile {profile.name} is of {profile.model}, the model asked for is {model}; name a profile of that, or the "
+            "GPU alone (h200)"
+        )
+    return profile
+
+
+def _named_profile(name: str | None, model: str) -> Profile:
     if name is None:
         found = sorted(PROFILES.glob(f"h200-{model}.json"))
         return load_profile(found[0] if found else PROFILES / f"analytic-h200-{model}.json")
@@ -183,7 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TraceError, PolicyError, ProfileError, ResultError, ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing was written", file=sys.stderr)
+        whole = args.output and (Path(args.output) / "summary.json").exists()
+        said = f"the results in {args.output} are whole, figures may be missing" if whole else "nothing was written"
+        print(f"{parser.prog}: interrupted; {said}", file=sys.stderr)
         return 130
     return 0
 

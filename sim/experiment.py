@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -143,9 +144,20 @@ def trace_sha256(path: str | None) -> str:
 
 
 def key_of(args: argparse.Namespace, variant: str = "") -> str:
-    """Hash of everything a run's result depends on: options, contents of trace and profile. Where files lie is no part."""
+    """Hash of everything a run's result depends on: options, contents of trace, profile and, of a policy from elsewhere, its
+    file. Where files lie is no part."""
     parts = settings(args) | {"trace": trace_sha256(args.trace), "profile": profile_of(args).sha256, "variant": variant}
+    kind = type(policy_of(args))
+    if kind.__module__.partition(".")[0] not in PACKAGES:
+        parts["policy_sha256"] = _module_sha256(kind.__module__)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(8)
+def _module_sha256(name: str) -> str:
+    """Hash of the source of an imported module, empty where there is none."""
+    path = getattr(sys.modules[name], "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 @lru_cache(1)

@@ -46,6 +46,9 @@ def check_target(directory: str | Path, overwrite: bool = False) -> Path:
     """
     target = Path(directory).resolve()
     if not target.exists():
+        there = next(parent for parent in target.parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ResultError(f"{directory}: nothing can be written in {there}; name another directory")
         return target
     if not target.is_dir():
         raise ResultError(f"{directory}: is a file; name a directory")

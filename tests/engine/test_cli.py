@@ -129,6 +129,7 @@ def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
         (["--adapter-memory", "1e-9"], "change --adapter-memory or take smaller ranks"),
         (["--page-tokens", "24"], "must divide 64"),
         (["--device", "cuda"], "torch finds no GPU"),
+        (["--device", "foo"], "--device foo: there are cpu, cuda and cuda:N"),
         (["--dtype", "bfloat16"], "right in float32 only"),
         (["--model", "no/such"], "neither a directory nor one of"),
         (["--profile", "missing.json"], "missing.json: No such file"),
@@ -137,7 +138,7 @@ def test_replay_with_adapters_from_files_and_heads(replay, tmp_path, capsys):
     ],
 )
 def test_bad_input_ends_with_2_and_one_line(replay, arguments, words, capsys):
-    if arguments[0] == "--device" and torch.cuda.is_available():
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     if arguments[0] == "--adapter-dir":  # every adapter is missing: a result all the same, and each is named
         assert main([*replay, "--policy", "slora", *arguments]) == 0

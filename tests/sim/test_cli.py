@@ -271,6 +271,40 @@ def test_a_strangers_policy(tmp_path):
     assert b"newest" in run_outside("--help", path=tmp_path).stdout
 
 
+def test_a_strangers_policy_that_was_edited_runs_again_in_a_sweep(tmp_path):
+    install(tmp_path, STRANGER, "newest = stranger:Newest")
+    (tmp_path / "grid.yaml").write_text("policy: [newest, slora]\nmax-requests: 20\n")
+    said = []
+    for module in (STRANGER, STRANGER, STRANGER.replace("-entry.id", "entry.id")):
+        (tmp_path / "stranger.py").write_text(module)
+        words = ("--jobs", "1", "--progress", "off", "--output", str(tmp_path / "o.jsonl"))
+        said.append(run_outside("sweep", str(tmp_path / "grid.yaml"), *words, path=tmp_path).stderr)
+    for text, done in zip(said, (0, 2, 1), strict=True):
+        assert f"2 runs, {done} of them done before".encode() in text, text
+
+
+@pytest.mark.parametrize("more", [(), ("--check-invariants",)])
+def test_a_policy_that_returns_no_plan_is_told_so(more, tmp_path):
+    module = STRANGER.replace("        return batch.fill", "        batch.fill")
+    done = run_outside("--policy", "newest", *SMALL, *more, path=install(tmp_path, module, "newest = stranger:Newest"))
+    assert done.returncode == 3
+    assert b"decide() of the policy returned None; it must return a policies.plan.Plan" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_profile_of_another_model_than_was_asked_for_is_refused(call):
+    code, _, err = call("--model", "llava-1.5-13b", "--profile", "h200-llava-1.5-7b")
+    assert code == 2
+    assert "profile h200-llava-1.5-7b is of llava-1.5-7b, the model asked for is llava-1.5-13b" in err
+
+
+def test_where_nothing_can_be_written_is_said_before_the_run(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = call(*SMALL, "--output", str(tmp_path / "file" / "x"))
+    assert (code, out) == (2, "")
+    assert f"nothing can be written in {tmp_path / 'file'}; name another directory" in err
+
+
 STRANGE = {
     "taken": (STRANGER, "valora = stranger:Newest", b"'valora' is taken"),
     "absent": (STRANGER, "newest = stranger:Oldest", b"cannot be loaded"),
