@@ -5,6 +5,7 @@ It picks and averages; it draws nothing and computes no metric.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,8 +49,11 @@ class Panel:
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict]:
-    """Rows of all logs. Raises ResultError."""
-    return [row for path in paths for row in read_log(path)]
+    """Rows of all logs, of each setting (the seed is one) the last: one that ran again, because its trace or profile changed,
+    takes the place of the former, with which it must not be averaged. Raises ResultError."""
+    rows = [row for path in paths for row in read_log(path)]
+    last = {json.dumps([row["variant"], row["settings"]], sort_keys=True): row for row in rows}
+    return list(last.values())
 
 
 def pick(rows: Sequence[dict], name: str, value: str) -> list[dict]:

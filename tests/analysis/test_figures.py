@@ -327,3 +327,20 @@ def test_a_figure_for_a_page_has_no_svg(tmp_path):
             assert [path.name for path in save(figure, [], ("x",), tmp_path / "page")] == ["page.png", "page.csv"]
         written = [path.suffix for path in save(figure, [], ("x",), tmp_path / "alone")]
         assert written == [".png", ".svg", ".csv"]
+
+
+def test_a_run_that_was_made_anew_takes_the_place_of_the_former(sweep):
+    """As when the trace's file changed under a sweep that goes on: its seeds are two, not four."""
+    first = read_rows([sweep({"rate": [2.0, 4.0]})])
+    again = sweep({"rate": [2.0, 4.0]}, name="again.jsonl")
+    changed = [json.loads(line) for line in again.read_text().splitlines()]
+    for row in changed:
+        row["key"] = f"new {row['key']}"
+        row["summary"]["avg_token_latency_s"] *= 10
+    again.write_text("".join(f"{json.dumps(row)}\n" for row in changed))
+    rows = read_rows([again.with_name("sweep.jsonl"), again])
+    assert len(rows) == len(first)
+    (panel,) = panels(rows, "rate", "avg_token_latency_s")
+    valora = next(series for series in panel.series if series.label == "valora")
+    assert valora.seeds == [2, 2]
+    assert valora.mean[0] == pytest.approx(1.05e-2)
