@@ -49,8 +49,8 @@ class Panel:
 
 
 def read_rows(paths: Iterable[str | Path]) -> list[dict]:
-    """Rows of all logs, of each setting (the seed is one) the last: one that ran again, because its trace or profile changed,
-    takes the place of the former, with which it must not be averaged. Raises ResultError."""
+    """Rows of all logs, of each setting (the seed is one) the last: one that ran again, because its trace or profile
+    changed, takes the place of the former, with which it must not be averaged. Raises ResultError."""
     rows = [row for path in paths for row in read_log(path)]
     last = {json.dumps([row["variant"], row["settings"]], sort_keys=True): row for row in rows}
     return list(last.values())
