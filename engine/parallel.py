@@ -166,10 +166,11 @@ class Shared(ByTrace):
         mine = self._ledger.pool
         pool = SimpleNamespace(
             page_tokens=mine.page_tokens, pages=told["pages"], adapter_pages=mine.adapter_pages, adapter_room=told["room"],
-            resident=told["resident"], loading=told["loading"], users=told["users"],
+            resident=told["resident"], loading=told["loading"],
         )  # fmt: skip
         entries = {number: SimpleNamespace(prompt_tokens=prompt) for number, prompt in enumerate(prompts)}
-        return SimpleNamespace(entries=entries, limits=self._ledger.limits, pool=pool)
+        unfinished = {*told["unfinished"], *(request.adapter for request in routed)}
+        return SimpleNamespace(entries=entries, limits=self._ledger.limits, pool=pool, unfinished=unfinished)
 
     def report(self) -> None:
         """Tell the others what stands here, between two leases."""
@@ -178,8 +179,8 @@ class Shared(ByTrace):
         pool = self._ledger.pool
         text = json.dumps({
             "walked": self.walked, "prompts": [entry.prompt_tokens for entry in self._ledger.entries.values()],
-            "resident": list(pool.resident), "loading": list(pool.loading), "users": list(pool.users), "pages": pool.pages,
-            "room": pool.adapter_room,
+            "unfinished": list(self._ledger.unfinished), "resident": list(pool.resident), "loading": list(pool.loading),
+            "pages": pool.pages, "room": pool.adapter_room,
         })  # fmt: skip
         if text != self._reported:
             self._store.set(f"state {self._world.rank}", text)

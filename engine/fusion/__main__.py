@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from engine.options import EXIT_TIME
-from traces.options import count
+from traces.options import count, not_negative
 from traces.suggest import SuggestingParser
 from traces.whole_file import replace_text
 
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that train side by side (default: as many as the machine carries; results do not depend on it)")
     add("--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes that draw the demo's data")
     add("--no-graphs", action="store_true", help="train without CUDA graphs, should their capture end the process")
-    add("--stop-after", type=float, default=None, metavar="SECONDS", help="stop at the next checkpoint, to go on later")
+    add("--stop-after", type=not_negative, metavar="SECONDS", help="stop at the next checkpoint, to go on later")
 
 
 def run(args: argparse.Namespace) -> int:

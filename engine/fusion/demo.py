@@ -6,14 +6,16 @@ the pre-training is exactly what a downloaded checkpoint gets. It knows sizes an
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.fusion import generate_data, pretrain
-from engine.fusion.domains import load_domains
+from engine.fusion.domains import DomainError, load_domains
 from engine.fusion.fuse import Options, fuse
 from engine.fusion.train import Recipe
+from traces.whole_file import replace_text
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ SCALES = {
 def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: int | None, workers: int | None, device: str,
          jobs: int, seed: int = 0, graphs: bool = True, deadline: float | None = None,
          log: Callable[[str], None] = lambda line: None) -> dict:
-    """Data, base model, adapters; the report of `engine.fusion.fuse.fuse`."""
+    """Data, base model, adapters; the report of `engine.fusion.fuse.fuse`. DomainError for a folder of another demo."""
     output, scale = Path(output), SCALES[size]
+    _remember(output / "demo.json", {"size": size, "seed": seed})
     yaml = generate_data.write_domains(output / "data", size, seed, scale.domains, jobs, log)
     texts = []
     for domain in load_domains(yaml):
@@ -50,3 +53,12 @@ def demo(output: str | Path, size: str, *, compare: tuple[str, ...], retries: in
                               graphs=graphs, deadline=deadline, log=log)  # fmt: skip
     options = Options(scale.recipe, retries, compare, scale.yardstick, workers, graphs)
     return fuse(model, yaml, output, options, device=device, deadline=deadline, log=log)
+
+
+def _remember(path: Path, made_with: dict) -> None:
+    """Write down what a folder is made with. DomainError if it is another's: what lies there would be taken as done."""
+    text = json.dumps(made_with) + "\n"
+    if path.exists() and (before := path.read_text(encoding="utf-8")) != text:
+        raise DomainError(f"{path.parent}: was made with {before.strip()}, not {text.strip()}; name another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, text)

@@ -285,7 +285,7 @@ def _versions() -> dict[str, str]:
 def check_output(output: Path) -> None:
     """DomainError where `output` is a file, or a folder that holds something else than results of this command."""
     known = {"base", "data", "runs", "features", "adapters", "packing.json", "report.json", "report.txt", "summary.json",
-             "fused.png"}  # fmt: skip
+             "fused.png", "demo.json"}  # fmt: skip
     if output.is_file():
         raise DomainError(f"{output}: is a file; name a folder")
     strange = sorted(p.name for p in output.iterdir() if p.name not in known and not p.name.startswith(".")) \

@@ -356,3 +356,17 @@ def test_matching_pairs_each_box_with_the_best_query():
     assert -1 < float(giou(boxes[0, 0], boxes[0, 1])) < 0
     none = match(torch.zeros(1, 3, 3), boxes, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), [0])
     assert len(none[0]) == 0
+
+
+def test_a_demo_of_another_seed_takes_another_folder(tmp_path, monkeypatch):
+    from engine.fusion import demo as module
+    from engine.fusion.domains import DomainError
+
+    monkeypatch.setattr(module.generate_data, "write_domains", lambda *given: pytest.fail("reached the data"))
+    given = {"compare": (), "retries": 0, "workers": 1, "device": "cpu", "jobs": 1}
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception, match="reached the data"):
+            module.demo(tmp_path / "o", "seconds", seed=0, **given)
+    for size, seed in (("seconds", 5), ("small", 0)):
+        with pytest.raises(DomainError, match=r'was made with {"size": "seconds", "seed": 0}, not .*; name another folder'):
+            module.demo(tmp_path / "o", size, seed=seed, **given)
